@@ -39,10 +39,11 @@ class PeakClips(Dataset):
 
     def __init__(
         self, labels, folder, classes, T, size, crop=None, *, n=1000, events=0.8, single=False, frames=None, seed=0,
-        augment=False, flip=True, shift=0.06, light=0.3, cache_gb=2.0,
+        augment=False, flip=True, shift=0.06, light=0.3, splice=0.0, cache_gb=2.0,
     ):  # fmt: skip
         self.T, self.size, self.crop, self.n, self.seed = T, tuple(size), crop, n, seed
         self.share, self.augment, self.flip, self.shift, self.light = events, augment, flip, shift, light
+        self.splice = splice if augment else 0.0
         self.paths = [find_video(folder, v["video"]) for v in labels]
         self.readers: dict[int, VideoReader] = {}
         self.store: dict[int, np.ndarray] = {}
@@ -99,7 +100,11 @@ class PeakClips(Dataset):
             start = int(rng.choice(starts))
         else:
             v, start = map(int, self.empty[rng.integers(len(self.empty))])
-        return self.clip(v, start, rng if self.augment else None)
+        item = self.clip(v, start, rng if self.augment else None)
+        if self.splice and len(self.empty) and rng.random() < self.splice:
+            other = self.clip(*map(int, self.empty[rng.integers(len(self.empty))]), rng)
+            item = splice(item, other, cut=int(rng.integers(1, self.T)), first=bool(rng.random() < 0.5))
+        return item
 
     def clip(self, v: int, start: int, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
         """The clip of video number v that begins at `start`; augmented with rng if one is given."""
@@ -132,6 +137,20 @@ class PeakClips(Dataset):
 def interval(event: dict) -> tuple[int, int]:
     """First and last frame judged possible; the frame itself where the label has no lo, hi."""
     return event.get("lo", event["frame"]), event.get("hi", event["frame"])
+
+
+def splice(item: dict, other: dict, cut: int, first: bool) -> dict:
+    """A scene cut at frame `cut`: `item` on one side of it (before, if `first`), a clip without events on the other."""
+    if min(item["length"], other["length"]) < len(item["frames"]):
+        return item
+    T = len(item["frames"])
+    kept = (torch.arange(T) < cut) == first  # (T,) frames of `item`
+    frames = torch.where(kept[:, None, None, None], item["frames"], other["frames"])
+    stays = kept[item["events"][:, 0].clamp(0)] & (item["events"][:, 0] >= 0)
+    events = torch.full_like(item["events"], -1)
+    events[: int(stays.sum())] = item["events"][stays]
+    peak, _, lo, hi = events[0]
+    return {**item, "frames": frames, "events": events, "peak": peak, "lo": lo, "hi": hi}
 
 
 def augment(x: torch.Tensor, rng: np.random.Generator, flip: bool, shift: float, light: float) -> torch.Tensor:

@@ -80,6 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--crop", default=None, metavar="X,Y,W,H", help="pixels of the video to cut out before resizing")
     g.add_argument("--no-augment", action="store_true", help="clips as they are: no mirror, shift, light")
     g.add_argument("--no-flip", action="store_true", help="never mirror (for classes that know left and right)")
+    g.add_argument("--splice", type=float, default=0.0, help="share of the clips that get a cut to an empty scene")
     g.add_argument("--level", default="easy", choices=["easy", "hard"], help="difficulty of rendered rallies")
     g.add_argument("--shuffle-frames", action="store_true", help="control: rally clips with their frames permuted")
     g = p.add_argument_group("model")
@@ -145,11 +146,13 @@ def make_data(args, size: list[int], crop: list[int] | None):
     if unknown:
         raise UserError(f"--classes {','.join(unknown)}: not among the labels {class_names(items)}")
     frames, val_frames = numbers("--frames", args.frames, ":", 2), numbers("--val-frames", args.val_frames, ":", 2)
+    if args.splice and args.task == "peak" and not args.no_peak:
+        raise UserError("--splice can cut the peak away; it needs --task spot or --no-peak")
     kw = {"folder": args.videos, "classes": classes, "T": args.clip_len, "size": size, "crop": crop, "seed": args.seed}
     kw |= {"single": args.task == "peak"}
     train = PeakClips(
         items, n=args.clips, events=args.event_share, frames=frames, augment=not args.no_augment,
-        flip=not args.no_flip, **kw,
+        flip=not args.no_flip, splice=args.splice, **kw,
     )  # fmt: skip
     if val_frames is None and args.val_data is None:
         return train, None, None, classes
