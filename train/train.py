@@ -3,13 +3,14 @@
 python train/train.py --out runs/peak                        # rendered rallies, PEAK, ResNet18 + BiMamba2
 python train/train.py --data labels.json --videos videos/ --task spot --classes near_court_swing --out runs/rally
 torchrun --nproc_per_node=8 train/train.py --data labels.json --videos videos/ --task spot --dtype bf16 --out runs/big
-python train/train.py --resume runs/peak/last --out runs/peak  # continues bit for bit, with the run's own arguments
+python train/train.py --out runs/peak --resume auto            # continues runs/peak/last bit for bit; same other flags
 """
 
 import argparse
 import math
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repo root, so our packages import from anywhere
 from data.peak_files import class_names, load_labels, window
 from data.peak_labels import PeakClips
-from data.rally import Rally
+from data.rally import LABELS, Rally
 from models.sliding_windows import candidates, score_video
 from models.tempopeak import (
     ENCODERS,
@@ -52,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N | mps")
     g.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="autocast type; weights stay fp32")
     g.add_argument("--seed", type=int, default=0, help="seeds weights, batch order and augmentation")
-    g.add_argument("--resume", default=None, help="checkpoint to continue from, bit for bit")
+    g.add_argument("--resume", default=None, help="checkpoint to continue bit for bit; auto: OUT/last if any")
     g.add_argument("--init", default=None, help="checkpoint whose weights to start from, with a fresh optimizer")
     g.add_argument("--steps", type=int, default=400, help="optimizer steps in all, resumed ones included")
     g.add_argument("--stop-at", type=int, default=None, help="stop and save here; the schedule still spans --steps")
@@ -107,6 +108,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
+# flags that may differ between a run and its continuation: they do not change the numbers
+FREE = {"out", "resume", "stop_at", "log", "workers", "print_every", "val_every", "save_every", "device", "videos"}
+
+
 class FirstItems:
     """The first n items of a data set, the same in every epoch (--overfit)."""
 
@@ -133,11 +138,12 @@ def numbers(flag: str, value: str | None, sep: str, n: int) -> list[int] | None:
 def make_data(args, size: list[int], crop: list[int] | None):
     """(training set, validation set or None, label items of the validation for SPOT, class names)."""
     if args.data == ["rally"]:
-        if args.task != "peak":
-            raise UserError("--data rally has one peak per clip; use --task peak, or render videos and label them")
         kw = {"num_frames": args.clip_len, "size": tuple(size), "no_peak": 0.2 if args.no_peak else 0.0}
         kw |= {"level": args.level, "shuffle_frames": args.shuffle_frames}
-        return Rally(args.clips, args.seed, **kw), Rally(args.val_clips, 10**6, **kw), None, ["contact"]
+        train = Rally(args.clips, args.seed, **kw)
+        if args.task == "spot":
+            return train, None, None, list(LABELS)
+        return train, Rally(args.val_clips, 10**6 + 1, **kw), None, list(LABELS[:1])
     if args.videos is None:
         raise UserError("--data needs --videos, the folder of the videos that the labels name")
     items = [v for path in args.data for v in load_labels(path)]
@@ -212,6 +218,9 @@ def evaluate(model, val_set, val_items, args, r) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.resume == "auto":
+        last = Path(args.out) / "last"
+        args.resume = str(last) if last.exists() else None
     r = run.start(args, argv)
     size, crop = numbers("--size", args.size, "x", 2), numbers("--crop", args.crop, ",", 4)
 
@@ -245,6 +254,10 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--resume {args.resume}: made with another model or data configuration; see its config.json")
         model.load_state_dict(TempoPeak.from_checkpoint(args.resume).state_dict())
         state = run.load_state(args.resume)
+        changed = [k for k, v in vars(args).items() if k not in FREE and state["args"].get(k, v) != v]
+        if changed:
+            was = ", ".join(f"--{k.replace('_', '-')} {state['args'][k]}" for k in changed)
+            raise UserError(f"--resume {args.resume}: that run had {was}; repeat them, or start anew with --init")
         opt.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         step, best = state["step"], state["best"]
@@ -287,8 +300,10 @@ def main(argv: list[str] | None = None) -> None:
         total = 0.0
         for a in range(args.accum):
             run.seed_all(run.step_seed(args.seed, step, a * r.world + r.rank))
-            loss = batch_loss(net, model, next(loader), args, r) / args.accum
-            scaler.scale(loss).backward()
+            last_one = a == args.accum - 1
+            with net.no_sync() if r.ddp and not last_one and not args.compile else nullcontext():
+                loss = batch_loss(net, model, next(loader), args, r) / args.accum
+                scaler.scale(loss).backward()
             total = total + loss.detach()
         scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip)

@@ -1,0 +1,57 @@
+# Shortcuts. Each prints the plain command it runs; none is needed to work here.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: help setup demo test test-slow smoke bench gpu-check lint format rally
+
+help:
+	@echo "make demo       set up .venv, train on rendered rallies, find the contacts in an unseen video (about 8 minutes)"
+	@echo "make rally      the real-video job: train on the labelled tennis rally under LAB_SHARED, predict, evaluate"
+	@echo "make test       set up .venv, lint, all quick tests"
+	@echo "make test-slow  the trainings marked slow as well"
+	@echo "make smoke      does every system run here?"
+	@echo "make bench      timing tables"
+	@echo "make gpu-check  everything that needs a GPU, one table for LOG.md"
+	@echo "make lint       ruff check and format check;   make format  applies them"
+
+# .venv is made once and again only when requirements.txt changes
+setup: .venv/installed
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -r requirements.txt
+	touch .venv/installed
+
+demo: setup
+	rm -rf runs/demo
+	$(PY) train/train.py --head bimamba2 $(DEMO) --out runs/demo/bimamba2
+	$(PY) train/train.py --head identity $(DEMO) --out runs/demo/identity
+	$(PY) data/prepare_rally.py runs/demo/unseen_rally.mp4 --seed 777 --seconds 30
+	$(PY) eval/infer_peaks.py runs/demo/unseen_rally.mp4 --ckpt runs/demo/bimamba2/last --out runs/demo/peaks --threshold 0.3
+	$(PY) eval/eval_peaks.py --pred runs/demo/peaks/peaks.json --labels runs/demo/unseen_rally.json \
+	  --classes near_court_swing --threshold 0.3 --json runs/demo/eval.json --log "make demo: an unseen rendered rally"
+
+test: setup lint
+	$(PY) -m pytest -q -m "not slow"
+
+test-slow: setup
+	$(PY) -m pytest -q -m slow
+
+smoke: setup
+	$(PY) smoke/smoke_mamba.py
+	$(PY) smoke/smoke_tempopeak.py
+
+bench: setup
+	$(PY) smoke/bench_mamba.py
+
+gpu-check: setup
+	$(PY) -m pytest -q -m gpu
+	$(PY) smoke/smoke_gpu.py
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
