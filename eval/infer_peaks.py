@@ -98,8 +98,9 @@ def draw_video(path: Path, target: Path, item: dict, scores: np.ndarray, args) -
     for frame in iter_frames(path, size=size):
         image = frame.image
         for e in shown:
-            if 0 <= frame.index - e["frame"] < max(2, info.fps / 5):
-                image = overlay.flash(image)
+            since_s = (frame.index - e["frame"]) / info.fps
+            if 0 <= since_s < 0.3:  # lights up at the event, fades
+                image = overlay.flash(image, strength=1 - since_s / 0.3)
                 image = overlay.text(image, (12, 12), f"{e['label']}  frame {e['frame']}  {e['score']:.2f}")
         image = overlay.score_strip(image, scores.max(1), frame.index, [e["frame"] for e in shown])
         if writer is None:
@@ -109,12 +110,13 @@ def draw_video(path: Path, target: Path, item: dict, scores: np.ndarray, args) -
     writer.close()
 
 
-def draw_strips(path: Path, folder: Path, item: dict, args, reach: int = 4, rows: int = 12) -> None:
-    """PNG sheets, a row per event above the threshold: the frames -reach..+reach around it."""
+def draw_strips(path: Path, folder: Path, item: dict, crop, args, reach: int = 4, rows: int = 9) -> None:
+    """PNG sheets, a row per event above the threshold: the frames -reach..+reach around it, cut as the model sees it."""
     info = probe(path)
-    size = (240, round(info.height * 240 / info.width / 2) * 2)
+    _, _, w, h = crop or (0, 0, info.width, info.height)
+    size = (280, round(h * 280 / w))
     shown = [e for e in item["events"] if e["score"] >= args.threshold]
-    with VideoReader(path, size=size) as reader:
+    with VideoReader(path, size=size, crop=crop) as reader:
         for sheet in range(0, len(shown), rows):
             images, captions = [], []
             for e in shown[sheet : sheet + rows]:
@@ -163,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
                 curves = {name: scores[:, k] for k, name in enumerate(model.cfg.classes)}
                 shown = [e for e in item["events"] if e["score"] >= args.threshold]
                 timeline(staging / f"{path.stem}.timeline.png", len(scores), item["fps"], curves, shown)
-                draw_strips(path, staging, item, args)
+                draw_strips(path, staging, item, model.cfg.crop, args)
         for file in sorted(staging.iterdir()):
             file.replace(out / file.name)
     finally:

@@ -109,7 +109,7 @@ class TempoPeak(nn.Module):
         if cfg.no_peak:
             self.attend, self.none = nn.Linear(D, 1), nn.Linear(D, 1)
         for layer in [self.classifier, *([self.attend, self.none] if cfg.no_peak else [])]:
-            nn.init.normal_(layer.weight, std=0.005)  # first loss = that of a uniform guess
+            nn.init.normal_(layer.weight, std=0.001)  # first loss = that of a uniform guess
             nn.init.zeros_(layer.bias)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
