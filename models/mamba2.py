@@ -350,9 +350,8 @@ class Mamba2(nn.Module):
         chunk_size = self.chunk_size if impl == "mamba_ssm" else min(self.chunk_size, TORCH_CHUNK)
         window, ssm_state = initial_state or (None, None)
         segment = None if seq_idx is None or u.shape[1] == 0 else number_segments(seq_idx, valid)
+        # what padding holds, NaN perhaps, must not reach the gradients of in_proj either
         z0, x0, z, xBC, dt = self._project(u if valid is None else u.masked_fill(~valid[..., None], 0))
-        # in_proj's bias reaches padding too, and masking after the convolution would be too late
-        xBC = xBC if valid is None else xBC.masked_fill(~valid[..., None], 0)
         before = xBC.new_zeros(len(u), self.d_conv, self.xbc_dim) if window is None else window.mT.to(xBC.dtype)
         rows = torch.cat([before, xBC], 1)  # (B, k+T, C)
         x, B, C = self._split_xbc(F.silu(self._convolve(rows, segment)))
