@@ -5,6 +5,7 @@ python eval/infer_peaks.py *.mp4 --ckpt runs/rally/last --out pred --device cuda
 
 Writes OUT/peaks.json (E2E-Spot layout, `video` is the file's stem), peaks.csv, peaks.json.meta.json, and per video an
 annotated mp4 with a score strip, a timeline and strips of +-4 frames around every event above --threshold.
+score: spot, probability of the class at that frame; peak, probability that the peak lies within 2 frames of it.
 """
 
 import argparse
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repo root, so ou
 from data.peak_files import write_csv, write_predictions
 from data.video import VideoReader, VideoWriter, iter_frames, probe
 from models.mamba2 import describe_impl
-from models.sliding_windows import candidates, score_video
+from models.sliding_windows import candidates, score_video, within
 from models.tempopeak import TempoPeak
 from utils import overlay, run
 from utils.plots import timeline
@@ -85,6 +86,9 @@ def predict(model: TempoPeak, path: Path, args, r) -> tuple[dict, np.ndarray]:
     item["events"] = candidates(scores, cfg.classes, args.floor)
     if args.nms != "none":
         item = NMS[args.nms]([item], args.nms_window)[0]
+    if cfg.task == "peak":  # one softmax over the window: what a user wants to know is whether the peak is about here
+        scores = within(scores)
+        item["events"] = [{**e, "score": float(scores[e["frame"], 0])} for e in item["events"]]
     return item, scores
 
 
@@ -145,7 +149,9 @@ def main(argv: list[str] | None = None) -> None:
         item, scores = predict(model, path, args, r)
         seconds = time.perf_counter() - t
         n = sum(e["score"] >= args.threshold for e in item["events"])
-        print(f"{path.name}: {len(scores)} frames, {n} events above {args.threshold}, {len(scores) / seconds:.0f} frames/s")
+        print(
+            f"{path.name}: {len(scores)} frames, {n} events above {args.threshold}, {len(scores) / seconds:.0f} frames/s"
+        )
         found.append((path, item, scores))
 
     # ---- result: into a folder beside, renamed file by file at the end
@@ -173,7 +179,9 @@ def main(argv: list[str] | None = None) -> None:
         if not existed and out.exists() and not any(out.iterdir()):
             out.rmdir()
     total = sum(e["score"] >= args.threshold for item in items for e in item["events"])
-    run.finish(r, args, "TempoPeak", f"{total} events above {args.threshold} in {len(items)} videos -> {out}/peaks.json")
+    run.finish(
+        r, args, "TempoPeak", f"{total} events above {args.threshold} in {len(items)} videos -> {out}/peaks.json"
+    )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,11 @@ def fuse(parts: list[tuple[int, np.ndarray]], weighting: str = "triangle") -> np
     total, weight = np.zeros((n, parts[0][1].shape[1])), np.zeros((n, 1))
     for start, p in parts:
         L = len(p)
-        w = np.minimum(np.arange(1, L + 1), np.arange(L, 0, -1))[:, None] if weighting == "triangle" else np.ones((L, 1))
+        w = (
+            np.minimum(np.arange(1, L + 1), np.arange(L, 0, -1))[:, None]
+            if weighting == "triangle"
+            else np.ones((L, 1))
+        )
         total[start : start + L] += w * p
         weight[start : start + L] += w
     return total / weight
@@ -71,6 +75,13 @@ def score_video(model, images, *, overlap=0.5, weighting="triangle", batch_size=
     if not parts:
         raise ValueError("score_video: no frames")
     return fuse(parts, weighting)
+
+
+def within(scores: np.ndarray, reach: int = 2) -> np.ndarray:
+    """(n, K) probabilities of "the peak is this frame" -> of "the peak is at most `reach` frames from here", capped at 1."""
+    kernel = np.ones(2 * reach + 1)
+    near = [np.convolve(s, kernel)[reach : reach + len(s)] for s in scores.T]  # K arrays (n,)
+    return np.stack(near, axis=1).clip(max=1.0)
 
 
 def candidates(scores: np.ndarray, classes: list[str], floor: float = 0.01) -> list[dict]:

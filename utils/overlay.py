@@ -1,8 +1,7 @@
 """Draw results onto pictures: text, boxes, masks, trails, captions, score curves, contact sheets.
 
-Every function takes uint8 RGB (H, W, 3) and returns a new array; the input stays as it is. Sizes of fonts and lines
-follow the picture (`unit`), so the same call suits a 112 px clip and a 4K frame. Points are (x, y) px, boxes xyxy px;
-what lies outside the picture is cut off.
+Every function takes uint8 RGB (H, W, 3) and returns a new array. Fonts and lines follow the picture (`unit`), so the
+same call suits a 112 px clip and a 4K frame. Points are (x, y) px, boxes xyxy px; what lies outside is cut off.
 """
 
 import textwrap
@@ -11,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 WHITE, BLACK, DARK, GREY = (255, 255, 255), (0, 0, 0), (22, 26, 32), (120, 128, 138)
 PALETTE = [  # apart for colour-blind eyes too, and from grass, clay and ice
@@ -50,10 +49,14 @@ def _checked(image: np.ndarray) -> np.ndarray:
     return image
 
 
-def _blend(image: np.ndarray, colour: Colour, alpha: np.ndarray | float) -> np.ndarray:
-    """image * (1 - alpha) + colour * alpha; alpha in [0, 1], (H, W) or a number."""
-    alpha = np.asarray(alpha, np.float32)[..., None]
-    return (image * (1 - alpha) + np.asarray(colour, np.float32) * alpha + 0.5).astype(np.uint8)
+def _blend(image: np.ndarray, colour: Colour, alpha: np.ndarray) -> np.ndarray:
+    """image * (1 - alpha) + colour * alpha, computed where alpha (H, W) in [0, 1] is not 0."""
+    out, rows, columns = image.copy(), np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
+    if len(rows):
+        part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        weight = alpha[part].astype(np.float32)[..., None]
+        out[part] = image[part] * (1 - weight) + np.asarray(colour, np.float32) * weight + 0.5
+    return out
 
 
 def text(
@@ -65,8 +68,8 @@ def text(
     anchor: str = "la",
     outline: Colour = BLACK,
 ) -> np.ndarray:
-    """Text with an outline, moved so that it lies inside the picture. anchor: PIL's ("la": xy is its top left, "mm": its
-    middle, "rs": right end of its base line); size: font px, None: 13 at 360 px of height."""
+    """Text with an outline, moved so that it lies inside the picture. anchor: PIL's ("la": xy is its top left, "mm":
+    its middle, "rs": right end of its base line); size: font px, None: 13 at 360 px of height."""
     size = size or max(9, round(13 * unit(image)))
     stroke = max(1, round(size / 9))
     canvas = Image.fromarray(_checked(image))
@@ -120,28 +123,38 @@ def trail(
     newest point, when seen, gets a ring. radius: px of that ring."""
     radius = radius or 4 * unit(_checked(image))
     H, W = image.shape[:2]
-    alpha = Image.new("L", (W * FINE, H * FINE))
+    seen = [p for p in points if p is not None]
+    if not seen:
+        return image.copy()
+    low, high = np.min(seen, 0) - 2 * radius, np.max(seen, 0) + 2 * radius  # only this part is drawn
+    x0, y0 = np.clip(np.floor(low), 0, (W - 1, H - 1)).astype(int)
+    x1, y1 = np.clip(np.ceil(high), (x0, y0), (W - 1, H - 1)).astype(int) + 1
+    alpha = Image.new("L", ((x1 - x0) * FINE, (y1 - y0) * FINE))
     draw = ImageDraw.Draw(alpha)
-    at = [None if p is None else ((p[0] + 0.5) * FINE, (p[1] + 0.5) * FINE) for p in points]
+    at = [None if p is None else ((p[0] + 0.5 - x0) * FINE, (p[1] + 0.5 - y0) * FINE) for p in points]
     for k, (a, b) in enumerate(zip(at, at[1:], strict=False), start=1):
         age = k / max(len(at) - 1, 1)  # 1: newest
         if a is not None and b is not None:
             draw.line((*a, *b), fill=round(255 * (0.1 + 0.8 * age)), width=round(FINE * radius * (0.2 + 0.35 * age)))
-    if at and at[-1] is not None:
+    if at[-1] is not None:
         draw.circle(at[-1], radius * FINE, outline=255, width=round(FINE * radius * 0.35))
-    weight = np.asarray(alpha.reduce(FINE), np.float32) / 255  # (H, W)
-    wide = np.pad(weight, 1)
-    shade = np.maximum.reduce([wide[:-2, 1:-1], wide[2:, 1:-1], wide[1:-1, :-2], wide[1:-1, 2:], weight])
-    return _blend(_blend(image, BLACK, 0.6 * shade), colour, weight)
+    alpha = alpha.reduce(FINE)  # (h, w)
+    weight, shade = (np.asarray(a, np.float32) / 255 for a in (alpha, alpha.filter(ImageFilter.MaxFilter(3))))
+    out = image.copy()
+    out[y0:y1, x0:x1] = _blend(_blend(image[y0:y1, x0:x1], BLACK, 0.6 * shade), colour, weight)
+    return out
 
 
 def flash(image: np.ndarray, colour: Colour = PALETTE[2], strength: float = 1.0) -> np.ndarray:
     """Glowing border that marks an event; strength 1 at the event, less on the frames around it, 0: nothing."""
     H, W = _checked(image).shape[:2]
-    depth = max(3.0, 0.06 * min(H, W))
+    d = min(max(3, round(0.06 * min(H, W))), (min(H, W) + 1) // 2)
     y, x = np.arange(H)[:, None], np.arange(W)[None]
     edge = np.minimum(np.minimum(y, H - 1 - y), np.minimum(x, W - 1 - x))  # (H, W) px to the nearest border
-    return _blend(image, colour, strength * np.clip(1 - edge / depth, 0, 1) ** 1.5)
+    out = image.copy()
+    for part in (np.s_[:d], np.s_[H - d :], np.s_[d : H - d, :d], np.s_[d : H - d, W - d :]):
+        out[part] = _blend(image[part], colour, strength * np.clip(1 - edge[part] / d, 0, 1) ** 1.5)
+    return out
 
 
 def caption_bar(image: np.ndarray, string: str, size: int | None = None) -> np.ndarray:
