@@ -25,6 +25,16 @@ def find_video(folder: Path | str, name: str) -> Path:
     raise UserError(f"{folder}: no video {name}.mp4 (or .mkv, .mov, ..) among its {n} videos; check --videos")
 
 
+def scale_crop(crop, crop_of, video_size) -> tuple[int, int, int, int] | None:
+    """crop (x, y, w, h) px of a video of size crop_of (W, H) -> the same part of a video of size video_size (W, H)."""
+    if crop is None:
+        return None
+    x, y, w, h = crop
+    (W, H), (w_of, h_of) = video_size, crop_of
+    left, top, right, bottom = (round(v) for v in (x * W / w_of, y * H / h_of, (x + w) * W / w_of, (y + h) * H / h_of))
+    return left, top, right - left, bottom - top
+
+
 class PeakClips(Dataset):
     """`n` clips of T frames an epoch, cut anew from the videos in every epoch.
 
@@ -41,16 +51,19 @@ class PeakClips(Dataset):
         self, labels, folder, classes, T, size, crop=None, *, n=1000, events=0.8, single=False, frames=None, seed=0,
         augment=False, flip=True, shift=0.06, light=0.3, splice=0.0, cache_gb=2.0,
     ):  # fmt: skip
-        self.T, self.size, self.crop, self.n, self.seed = T, tuple(size), crop, n, seed
+        self.T, self.size, self.n, self.seed = T, tuple(size), n, seed
         self.share, self.augment, self.flip, self.shift, self.light = events, augment, flip, shift, light
         self.splice = splice if augment else 0.0
         self.paths = [find_video(folder, v["video"]) for v in labels]
         self.readers: dict[int, VideoReader] = {}
         self.store: dict[int, np.ndarray] = {}
         self.bounds, self.events = [], []  # per video: (first, stop), events as an array (E, 4) in video frames
+        self.crops, self.crop_of = [], None  # crop_of: W, H of the first video, whose pixels `crop` counts
         for item, path in zip(labels, self.paths, strict=True):
             with VideoReader(path) as reader:
-                count = len(reader)
+                count, video_size = len(reader), (reader.info.width, reader.info.height)
+            self.crop_of = self.crop_of or video_size
+            self.crops.append(scale_crop(crop, self.crop_of, video_size))
             known = [e for e in item["events"] if e["label"] in classes]
             late = [e["frame"] for e in known if e["frame"] >= count]
             if late:
@@ -127,10 +140,10 @@ class PeakClips(Dataset):
         """uint8 (N, H, W, 3), from memory where the whole set fits into cache_gb, else by random access."""
         if not self.cached:
             if v not in self.readers:
-                self.readers[v] = VideoReader(self.paths[v], size=self.size, crop=self.crop)
+                self.readers[v] = VideoReader(self.paths[v], size=self.size, crop=self.crops[v])
             return self.readers[v].read(range(start, stop))
         if v not in self.store:
-            self.store[v] = read_all(self.paths[v], size=self.size, crop=self.crop)[0]
+            self.store[v] = read_all(self.paths[v], size=self.size, crop=self.crops[v])[0]
         return self.store[v][start:stop].copy()
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repo root, so our packages import from anywhere
 from data.peak_files import write_csv, write_predictions
+from data.peak_labels import scale_crop
 from data.video import VideoReader, VideoWriter, iter_frames, probe
 from models.mamba2 import describe_impl
 from models.sliding_windows import candidates, score_video, within
@@ -79,7 +80,8 @@ def check_inputs(args) -> list[Path]:
 def predict(model: TempoPeak, path: Path, args, r) -> tuple[dict, np.ndarray]:
     """(prediction item of one video, scores (n, K))."""
     cfg, info = model.cfg, probe(path)
-    images = (frame.image for frame in iter_frames(path, size=tuple(cfg.size), crop=cfg.crop))
+    crop = scale_crop(cfg.crop, cfg.crop_of, (info.width, info.height))
+    images = (frame.image for frame in iter_frames(path, size=tuple(cfg.size), crop=crop))
     scores = score_video(model, images, overlap=args.overlap, weighting=args.fusion,
                          batch_size=args.batch_size, device=r.device, dtype=r.dtype)  # fmt: skip
     item = {"video": path.stem, "num_frames": len(scores), "fps": info.fps, "width": info.width, "height": info.height}
@@ -114,10 +116,11 @@ def draw_video(path: Path, target: Path, item: dict, scores: np.ndarray, args) -
     writer.close()
 
 
-def draw_strips(path: Path, folder: Path, item: dict, crop, args, reach: int = 4, rows: int = 9) -> None:
+def draw_strips(path: Path, folder: Path, item: dict, cfg, args, reach: int = 4, rows: int = 9) -> None:
     """PNG sheets, a row per event above the threshold: the frames -reach..+reach around it, cut as the model sees it."""
     info = probe(path)
-    _, _, w, h = crop or (0, 0, info.width, info.height)
+    crop = scale_crop(cfg.crop, cfg.crop_of, (info.width, info.height))
+    w, h = crop[2:] if crop else (info.width, info.height)
     size = (280, round(h * 280 / w))
     shown = [e for e in item["events"] if e["score"] >= args.threshold]
     with VideoReader(path, size=size, crop=crop) as reader:
@@ -171,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
                 curves = {name: scores[:, k] for k, name in enumerate(model.cfg.classes)}
                 shown = [e for e in item["events"] if e["score"] >= args.threshold]
                 timeline(staging / f"{path.stem}.timeline.png", len(scores), item["fps"], curves, shown)
-                draw_strips(path, staging, item, model.cfg.crop, args)
+                draw_strips(path, staging, item, model.cfg, args)
         for file in sorted(staging.iterdir()):
             file.replace(out / file.name)
     finally:

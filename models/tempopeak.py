@@ -35,7 +35,8 @@ class TempoPeakConfig:
     no_peak: bool = False  # peak: one more logit for "no peak in this clip"
     clip_len: int = 64  # T of training and of inference windows
     size: list[int] = field(default_factory=lambda: [224, 224])  # W, H that the network sees
-    crop: list[int] | None = None  # x, y, w, h in pixels of the video, cut before resizing
+    crop: list[int] | None = None  # x, y, w, h cut before resizing, in pixels of a video of size crop_of
+    crop_of: list[int] | None = None  # W, H; other videos are cut at the same part of their picture
     input: str = "rgb"  # rgb | graydiff: grey, difference to the frame before, difference to the frame after
     encoder: str = "resnet18"  # resnet18 | tiny (three blocks, for laptops)
     shift: str = "none"  # none | tsm | gsm | gsf

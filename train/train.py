@@ -49,7 +49,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     g = p.add_argument_group("run")
-    g.add_argument("--out", default="runs/tempopeak", help="run folder: checkpoints, metrics.jsonl, curves.png, run.json")
+    g.add_argument(
+        "--out", default="runs/tempopeak", help="run folder: checkpoints, metrics.jsonl, curves.png, run.json"
+    )
     g.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N | mps")
     g.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="autocast type; weights stay fp32")
     g.add_argument("--seed", type=int, default=0, help="seeds weights, batch order and augmentation")
@@ -67,10 +69,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
     g.add_argument("--log", default=None, metavar="WHY", help="reason for this run; appends the result row to LOG.md")
     g = p.add_argument_group("data")
-    g.add_argument("--data", nargs="+", default=["rally"], help="label files (E2E-Spot json), or 'rally': rendered clips")
+    g.add_argument(
+        "--data", nargs="+", default=["rally"], help="label files (E2E-Spot json), or 'rally': rendered clips"
+    )
     g.add_argument("--videos", default=None, help="folder of the videos that the label files name")
     g.add_argument("--classes", default=None, help="comma-separated labels to learn (default: all in --data)")
-    g.add_argument("--frames", default=None, metavar="A:B", help="train on frames A..B-1 of every video that has events")
+    g.add_argument(
+        "--frames", default=None, metavar="A:B", help="train on frames A..B-1 of every video that has events"
+    )
     g.add_argument("--val-data", nargs="+", default=None, help="label files to validate on (default: those of --data)")
     g.add_argument("--val-frames", default=None, metavar="A:B", help="validate on these frames; off if not given")
     g.add_argument("--clips", type=int, default=1000, help="clips per epoch")
@@ -96,7 +102,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--impl", default="auto", choices=["auto", "torch", "mamba_ssm"],
                    help="Mamba2 implementation: auto takes the CUDA kernels where they import, else torch")  # fmt: skip
     g = p.add_argument_group("loss and optimizer")
-    g.add_argument("--targets", default="gaussian", choices=["hard", "gaussian", "interval"], help="shape of the target")
+    g.add_argument(
+        "--targets", default="gaussian", choices=["hard", "gaussian", "interval"], help="shape of the target"
+    )
     g.add_argument("--sigma", type=float, default=1.0, help="width of gaussian and interval targets, frames")
     g.add_argument("--fg-weight", type=float, default=5.0, help="spot: weight of event classes against background")
     g.add_argument("--mixup", type=float, default=0.0, help="blend pairs of clips with lambda ~ Beta(a, a); 0: off")
@@ -138,6 +146,8 @@ def numbers(flag: str, value: str | None, sep: str, n: int) -> list[int] | None:
 def make_data(args, size: list[int], crop: list[int] | None):
     """(training set, validation set or None, label items of the validation for SPOT, class names)."""
     if args.data == ["rally"]:
+        if crop:
+            raise UserError("--crop: rendered rallies are drawn at --size, there is nothing to cut; leave it out")
         kw = {"num_frames": args.clip_len, "size": tuple(size), "no_peak": 0.2 if args.no_peak else 0.0}
         kw |= {"level": args.level, "shuffle_frames": args.shuffle_frames}
         train = Rally(args.clips, args.seed, **kw)
@@ -226,13 +236,14 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- data
     train_set, val_set, val_items, classes = make_data(args, size, crop)
+    crop_of = list(train_set.crop_of) if crop else None
     if args.overfit:
         train_set = FirstItems(train_set, args.overfit)
         val_set = train_set if args.task == "peak" else None
 
     # ---- model, optimizer
     cfg = TempoPeakConfig(
-        task=args.task, classes=classes, no_peak=args.no_peak, clip_len=args.clip_len, size=size, crop=crop,
+        task=args.task, classes=classes, no_peak=args.no_peak, clip_len=args.clip_len, size=size, crop=crop, crop_of=crop_of,
         input=args.input, encoder=args.encoder, shift=args.shift, head=args.head, head_layers=args.head_layers,
         dropout=args.dropout,
     )  # fmt: skip
@@ -251,7 +262,9 @@ def main(argv: list[str] | None = None) -> None:
     step, best = 0, -1.0
     if args.resume:
         if run.read_config(args.resume)["model"] != asdict(cfg):
-            raise UserError(f"--resume {args.resume}: made with another model or data configuration; see its config.json")
+            raise UserError(
+                f"--resume {args.resume}: made with another model or data configuration; see its config.json"
+            )
         model.load_state_dict(TempoPeak.from_checkpoint(args.resume).state_dict())
         state = run.load_state(args.resume)
         changed = [k for k, v in vars(args).items() if k not in FREE and state["args"].get(k, v) != v]
@@ -276,7 +289,9 @@ def main(argv: list[str] | None = None) -> None:
     loader = iter(DataLoader(train_set, batch_sampler=batches, num_workers=args.workers,
                              pin_memory=r.device.type == "cuda"))  # fmt: skip
     outcomes = args.clip_len + args.no_peak if args.task == "peak" else 1 + len(classes)
-    run.say(r, f"# {sum(p.numel() for p in params):,} parameters | {args.batch_size * r.world * args.accum} clips a step")
+    run.say(
+        r, f"# {sum(p.numel() for p in params):,} parameters | {args.batch_size * r.world * args.accum} clips a step"
+    )
     if args.task == "peak":
         run.say(r, f"# first loss should be ln({outcomes}) = {math.log(outcomes):.3f}")
 
