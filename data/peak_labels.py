@@ -75,6 +75,8 @@ class PeakClips(Dataset):
             rows = [(e["frame"], 1 + classes.index(e["label"]), *interval(e)) for e in known]
             rows = sorted(r for r in rows if start <= r[0] < self.bounds[-1][1])
             self.events.append(np.array(rows, dtype=np.int64).reshape(-1, 4))
+        # a video that is not fully annotated for these classes cannot tell what holds no event
+        self.complete = [set(classes) <= set(v.get("complete_for", classes)) for v in labels]
         self._list_starts(single)
         W, H = self.size
         self.cached = sum(b - a for a, b in self.bounds) * W * H * 3 <= cache_gb * 2**30
@@ -92,7 +94,8 @@ class PeakClips(Dataset):
             inside = (rows[:, 0] >= starts[:, None]) & (rows[:, 0] < starts[:, None] + self.T)  # (S, E)
             count = inside.sum(1)
             self.most = max(self.most, int(count.max()))
-            empty += [(v, s) for s in starts[count == 0]]
+            if self.complete[v]:
+                empty += [(v, s) for s in starts[count == 0]]
             good = count == 1 if single else count >= 1
             chosen = [starts[inside[:, e] & good] for e in range(len(rows))]
             self.by_event += [(v, s) for s in chosen if len(s)]

@@ -115,7 +115,8 @@ def test_windows_are_those_that_peak_clips_draws_from(videos, T):
     if T == 64:  # whole videos: only b has one event, nothing is without
         assert len(single(events=1.0).by_event) == 1
     clips = single(events=1.0)
-    assert check().never_alone(events, T) == 4 - len(clips.by_event) and len(clips.empty) == want[0]
+    assert check().never_alone(events, T) == 4 - len(clips.by_event)
+    assert len(clips.empty) == count[0].count(0)  # b is not fully annotated for bounces, so it proves no absence
 
 
 @pytest.mark.parametrize(

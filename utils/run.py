@@ -6,6 +6,7 @@ forty copies would get wrong in forty ways.
 
 import csv
 import errno
+import io
 import json
 import math
 import os
@@ -20,12 +21,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_WRITE = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EROFS: "read-only file system"}
@@ -46,10 +48,11 @@ def cli(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     except OSError as e:
         if e.errno not in NO_WRITE:
             raise
-        print(f"error: {e.filename}: {NO_WRITE[e.errno]}; choose another --out or make room", file=sys.stderr)
+        what = f"{e.filename or 'a file of this run'}: {NO_WRITE[e.errno]}"
+        print(f"error: {what}; check the path, choose another --out or make room", file=sys.stderr)
         return 2
     except SystemExit as e:  # argparse: --help is 0, a bad flag is 2
-        return e.code if isinstance(e.code, int) else 1
+        return 0 if e.code is None else e.code if isinstance(e.code, int) else 1
     return 0
 
 
@@ -72,6 +75,8 @@ def start(args, argv: list[str] | None = None) -> SimpleNamespace:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed {args.seed}: expected 0 <= seed < 2**32")
     seed_all(args.seed)
     words = [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
     if Path(words[0]).is_absolute() and Path(words[0]).is_relative_to(ROOT):
@@ -111,7 +116,7 @@ def seed_all(seed: int) -> None:
 def step_seed(seed: int, step: int, slot: int) -> int:
     """Seed of one micro-batch: dropout and mixup depend on (seed, step, slot) alone, slot = accumulation index x world
     + rank. So a resumed run repeats the unbroken one, and 2 ranks repeat 1 process with --accum 2."""
-    return (seed * 1_000_003 + step) * 4099 + slot
+    return ((seed * 1_000_003 + step) * 4099 + slot) % 2**63
 
 
 def machine(r: SimpleNamespace) -> str:
@@ -207,7 +212,9 @@ def open_folder(r: SimpleNamespace, args) -> Path:
     UserError when --out holds another run and this is not its continuation (--resume).
     """
     out = Path(args.out)
-    if getattr(args, "resume", None) is None and (out / "metrics.jsonl").exists():
+    resume = getattr(args, "resume", None)
+    continued = resume is not None and Path(resume).resolve().parent == out.resolve()
+    if not continued and (out / "metrics.jsonl").exists():
         raise UserError(f"--out {out}: holds another run already; choose a new folder, or continue it with --resume")
     if r.main:
         out.mkdir(parents=True, exist_ok=True)
@@ -265,6 +272,14 @@ def write_text_atomic(path: Path | str, text: str) -> None:
         tmp.unlink(missing_ok=True)
 
 
+def write_bytes(path: Path, content) -> None:
+    """Path.write_bytes whose OSError names the path."""
+    try:
+        path.write_bytes(content)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from e
+
+
 def save_checkpoint(
     out: Path, step: int, model: torch.nn.Module, config: dict, state: dict, best=False, keep=3
 ) -> Path:
@@ -280,22 +295,27 @@ def save_checkpoint(
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     made_by = {"commit": commit(), "torch": str(torch.__version__), "command": shlex.join(sys.argv)}
     try:
-        save_file(tensors, tmp / "model.safetensors")
-        torch.save({**state, "step": step}, tmp / "state.pt")
+        packed = io.BytesIO()
+        torch.save({**state, "step": step}, packed)
+        # as bytes, because on a full disk torch and safetensors raise no OSError, which cli would explain
+        write_bytes(tmp / "model.safetensors", save(tensors))
+        write_bytes(tmp / "state.pt", packed.getbuffer())
         (tmp / "config.json").write_text(json.dumps({**config, "made_by": made_by}, indent=1) + "\n", encoding="utf-8")
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
+    aside = out / f".tmp-old-{folder.name}"
     if folder.exists():  # the same step, saved before a resume
-        shutil.rmtree(folder)
+        os.rename(folder, aside)
     os.rename(tmp, folder)
+    shutil.rmtree(aside, ignore_errors=True)
     for name in ["last", "best"] if best else ["last"]:
         link = out / f".tmp-link-{name}"
         link.unlink(missing_ok=True)
         link.symlink_to(folder.name)
         os.replace(link, out / name)
     kept = {(out / name).resolve().name for name in ("last", "best") if (out / name).exists()}
-    for old in sorted(out.glob("step_*"))[:-keep]:
+    for old in sorted(out.glob("step_*"), key=lambda p: (p.stat().st_mtime_ns, p.name))[:-keep]:
         if old.name not in kept:
             shutil.rmtree(old)
     return folder
@@ -320,7 +340,12 @@ def load_state(folder: Path | str) -> dict:
     path = Path(folder) / "state.pt"
     if not path.is_file():
         raise UserError(f"--resume {folder}: state.pt is missing, so only the weights can be used; pass it to --init")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, LookupError) as e:
+        raise UserError(
+            f"{path}: not readable ({type(e).__name__}), so it is damaged; resume from another step_*"
+        ) from e
 
 
 # ---- notebook
@@ -341,9 +366,12 @@ def finish(r: SimpleNamespace, args, system: str, result: str) -> None:
 
 def append_row(log: Path, system: str, row: str) -> None:
     """Insert `row` after the last row of the process table (header 'when (UTC)') under the heading '## system'."""
-    lines = log.read_text(encoding="utf-8").splitlines()
-    at = [i for i, line in enumerate(lines) if line.strip() == f"## {system}"]
-    table = [i for i in range(at[0], len(lines)) if lines[i].startswith("| when (UTC)")] if at else []
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    heads = [i for i, line in enumerate(lines) if line.startswith("## ")] + [len(lines)]
+    section = next(
+        (range(a, b) for a, b in zip(heads, heads[1:], strict=False) if lines[a].strip() == f"## {system}"), ()
+    )
+    table = [i for i in section if lines[i].startswith("| when (UTC)")]
     if not table:
         raise UserError(f"{log}: no heading '## {system}' with a table '| when (UTC) | ...' below it; add them")
     end = table[0]

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shlex
+import struct
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from utils.run import UserError, commit, write_text_atomic
+
+MALFORMED = (LookupError, AttributeError, TypeError, struct.error)  # what torch's unpickler raises on other files
 
 
 def resolve_snapshot(folder: str | None, env: str, needs: tuple[str, ...] = ("config.json",)) -> Path:
@@ -42,7 +45,7 @@ def read_tensors(path: Path | str) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as e:
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, ValueError, *MALFORMED) as e:
         raise UserError(f"{path}: not readable as weights ({type(e).__name__}); expected an intact file") from e
     state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
