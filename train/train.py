@@ -41,7 +41,7 @@ from models.tempopeak import (
 from utils import run
 from utils.plots import curves
 from utils.run import UserError
-from utils.spotting_metrics import e2e_map, nms_e2e
+from utils.spotting_metrics import e2e_map, match_events, nms_e2e, peak_errors
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -202,7 +202,7 @@ def batch_loss(net, model, batch: dict, args, r) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(model, val_set, val_items, args, r) -> dict:
-    """PEAK: loss, acc@0, acc@1, MAE over clips with a peak. SPOT: mAP@{0,1,2,4} of the validation frames after NMS."""
+    """PEAK: loss, acc@0, acc@1, MAE over clips with a peak. SPOT: mAP@{0,1,2,4} and MAE of the validation frames, after NMS."""
     if args.task == "spot":
         truth, pred = [], []
         for v, item in enumerate(val_items):
@@ -212,8 +212,11 @@ def evaluate(model, val_set, val_items, args, r) -> dict:
             truth += window([{**item, "events": [e for e in item["events"] if e["label"] in model.cfg.classes]}], a, b)
             events = candidates(scores, model.cfg.classes)
             pred += [{**item, "events": [{**e, "frame": e["frame"] + a} for e in events]}]
-        result = e2e_map(truth, nms_e2e(pred, 8))["mAP"]
-        return {f"mAP@{d}": v for d, v in result.items()} | {"score": sum(result[d] for d in (1, 2, 4)) / 3}
+        pred = nms_e2e(pred, 8)
+        result = e2e_map(truth, pred)["mAP"]
+        values = {f"mAP@{d}": v for d, v in result.items()} | {"score": sum(result[d] for d in (1, 2, 4)) / 3}
+        pairs = match_events(truth, pred, threshold=0.5, radius=4)["pairs"]
+        return values | ({"MAE": peak_errors(pairs)["MAE"]} if pairs else {})
     model.eval()
     loss, n, errors = 0.0, 0, []
     for batch in DataLoader(val_set, batch_size=args.batch_size, num_workers=args.workers):
