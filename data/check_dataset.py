@@ -62,16 +62,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def numbers(flag: str, value: str | None, sep: str, n: int) -> list[int] | None:
-    """'64x64' -> [64, 64]; UserError names the flag."""
-    if value is None:
-        return None
-    parts = value.split(sep)
-    if len(parts) != n or not all(x.strip().isdigit() for x in parts):
-        raise UserError(f"{flag} {value}: expected {n} whole numbers joined by '{sep}'")
-    return [int(x) for x in parts]
-
-
 # ---- peaks: the labels
 
 
@@ -217,7 +207,7 @@ def peaks_data(args, size: list[int], crop: list[int] | None) -> tuple[PeakClips
     """Check and describe labels and videos -> (training set if --show asks for one, class names)."""
     items = read_root(args.root)
     classes = choose_classes(items, args.classes)
-    frames = numbers("--frames", args.frames, ":", 2)
+    frames = run.numbers("--frames", args.frames, ":", 2)
     describe_labels(items, classes, event_frames(items, classes, frames), args.clip_len)
     if args.videos is None:
         if args.show:
@@ -323,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     for flag in ("columns", "limit", "batch_size", "clips", "clip_len"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
-    size, crop = numbers("--size", args.size, "x", 2), numbers("--crop", args.crop, ",", 4)
+    size, crop = run.numbers("--size", args.size, "x", 2), run.numbers("--crop", args.crop, ",", 4)
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: expected at least 0")
     if min(size) < 1:

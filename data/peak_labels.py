@@ -150,6 +150,19 @@ class PeakClips(Dataset):
         return self.store[v][start:stop].copy()
 
 
+class FirstItems(Dataset):
+    """The first n items of a data set, the same in every epoch (--overfit)."""
+
+    def __init__(self, dataset: Dataset, n: int):
+        self.dataset, self.n = dataset, n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
+        return self.dataset[key[1] if isinstance(key, tuple) else key]
+
+
 def interval(event: dict) -> tuple[int, int]:
     """First and last frame judged possible; the frame itself where the label has no lo, hi."""
     return event.get("lo", event["frame"]), event.get("hi", event["frame"])

@@ -28,13 +28,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    size = args.size.split("x")
-    if len(size) != 2 or not all(s.isdigit() for s in size) or args.seconds <= 0 or args.fps <= 0:
-        raise UserError(
-            f"--size {args.size} --seconds {args.seconds} --fps {args.fps}: expected WxH and positive numbers"
-        )
+    size = run.numbers("--size", args.size, "x", 2)
+    if min(*size, args.seconds, args.fps) <= 0:
+        raise UserError(f"--size {args.size} --seconds {args.seconds} --fps {args.fps}: expected positive numbers")
     Path(args.video).parent.mkdir(parents=True, exist_ok=True)
-    item = write_rally_video(args.video, args.seed, args.seconds, (int(size[0]), int(size[1])), args.fps, args.level)
+    item = write_rally_video(args.video, args.seed, args.seconds, tuple(size), args.fps, args.level)
     print(f"{args.video}: {item['num_frames']} frames, {len(item['events'])} contacts, labels beside it")
 
 

@@ -233,7 +233,7 @@ def training_batch(flags: list[str]) -> list[dict]:
     """The items of the first step as train/train.py makes them."""
     train = script("train/train.py")
     args = train.parse_args(flags)
-    size, crop = train.numbers("--size", args.size, "x", 2), train.numbers("--crop", args.crop, ",", 4)
+    size, crop = run.numbers("--size", args.size, "x", 2), run.numbers("--crop", args.crop, ",", 4)
     data = train.make_data(args, size, crop)[0]
     keys = next(iter(run.StepBatches(len(data), args.batch_size, 0, 5, args.seed)))
     return [data[key] for key in keys]

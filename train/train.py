@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repo root, so our packages import from anywhere
 from data.peak_files import class_names, load_labels, window
-from data.peak_labels import PeakClips
+from data.peak_labels import FirstItems, PeakClips
 from data.rally import LABELS, Rally
 from models.sliding_windows import candidates, score_video
 from models.tempopeak import (
@@ -38,7 +38,7 @@ from models.tempopeak import (
     spot_loss,
     spot_targets,
 )  # fmt: skip
-from utils import run
+from utils import overlay, run
 from utils.plots import curves
 from utils.run import UserError
 from utils.spotting_metrics import e2e_map, match_events, nms_e2e, peak_errors
@@ -120,29 +120,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 FREE = {"out", "resume", "stop_at", "log", "workers", "print_every", "val_every", "save_every", "device", "videos"}
 
 
-class FirstItems:
-    """The first n items of a data set, the same in every epoch (--overfit)."""
-
-    def __init__(self, dataset, n: int):
-        self.dataset, self.n = dataset, n
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, key):
-        return self.dataset[key[1] if isinstance(key, tuple) else key]
-
-
-def numbers(flag: str, value: str | None, sep: str, n: int) -> list[int] | None:
-    """'64x64' -> [64, 64]; UserError names the flag."""
-    if value is None:
-        return None
-    parts = value.split(sep)
-    if len(parts) != n or not all(x.strip().isdigit() for x in parts):
-        raise UserError(f"{flag} {value}: expected {n} whole numbers joined by '{sep}'")
-    return [int(x) for x in parts]
-
-
 def make_data(args, size: list[int], crop: list[int] | None):
     """(training set, validation set or None, label items of the validation for SPOT, class names)."""
     if args.data == ["rally"]:
@@ -161,7 +138,10 @@ def make_data(args, size: list[int], crop: list[int] | None):
     unknown = sorted(set(classes) - set(class_names(items)))
     if unknown:
         raise UserError(f"--classes {','.join(unknown)}: not among the labels {class_names(items)}")
-    frames, val_frames = numbers("--frames", args.frames, ":", 2), numbers("--val-frames", args.val_frames, ":", 2)
+    frames, val_frames = (
+        run.numbers("--frames", args.frames, ":", 2),
+        run.numbers("--val-frames", args.val_frames, ":", 2),
+    )
     if args.splice and args.task == "peak" and not args.no_peak:
         raise UserError("--splice can cut the peak away; it needs --task spot or --no-peak")
     kw = {"folder": args.videos, "classes": classes, "T": args.clip_len, "size": size, "crop": crop, "seed": args.seed}
@@ -229,13 +209,32 @@ def evaluate(model, val_set, val_items, args, r) -> dict:
     return {"val_loss": loss / n, **acc, "MAE": sum(errors) / len(errors), "score": acc["acc@1"]}
 
 
+@torch.no_grad()
+def draw_validation(model, val_set, path: Path, args, r, rows: int = 4) -> None:
+    """PNG: a row per validation clip, the frames around the predicted (PEAK) or the true event, with their scores."""
+    model.eval()
+    items = [val_set[i] for i in range(min(rows, len(val_set)))]
+    frames, lengths = torch.stack([x["frames"] for x in items]), torch.stack([x["length"] for x in items])
+    scores = model.probabilities(model(frames.to(r.device), lengths.to(r.device))).amax(-1).cpu()  # (rows, T)
+    model.train()
+    images, captions = [], []
+    for k, item in enumerate(items):
+        truth, guess = int(item["peak"]), int(scores[k].argmax())
+        for t in range(guess - 4, guess + 5):
+            inside = 0 <= t < len(frames[k])
+            images.append((frames[k, t] if inside else torch.zeros_like(frames[k, 0])).permute(1, 2, 0).numpy())
+            mark = ("P" if t == guess else "") + ("T" if t == truth else "")  # predicted, true
+            captions.append(f"{t} {scores[k, t]:.2f} {mark}" if inside else "-")
+    overlay.save_png(path, overlay.grid(images, 9, captions))
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.resume == "auto":
         last = Path(args.out) / "last"
         args.resume = str(last) if last.exists() else None
     r = run.start(args, argv)
-    size, crop = numbers("--size", args.size, "x", 2), numbers("--crop", args.crop, ",", 4)
+    size, crop = run.numbers("--size", args.size, "x", 2), run.numbers("--crop", args.crop, ",", 4)
 
     # ---- data
     train_set, val_set, val_items, classes = make_data(args, size, crop)
@@ -344,6 +343,7 @@ def main(argv: list[str] | None = None) -> None:
             run.report(r, out, step, args.steps, **val)
             run.write_metrics_csv(out)
             curves(out / "metrics.jsonl", out / "curves.png")
+            draw_validation(model, val_set, out / "val.png", args, r)
             if val["score"] > best:
                 best, saved = val["score"], step
                 save(is_best=True)

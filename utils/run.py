@@ -56,6 +56,16 @@ def cli(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     return 0
 
 
+def numbers(flag: str, value: str | None, sep: str, n: int) -> list[int] | None:
+    """A flag's '64x64' -> [64, 64]; None stays None. UserError names the flag."""
+    if value is None:
+        return None
+    parts = value.split(sep)
+    if len(parts) != n or not all(x.strip().isdigit() for x in parts):
+        raise UserError(f"{flag} {value}: expected {n} whole numbers joined by '{sep}'")
+    return [int(x) for x in parts]
+
+
 # ---- device, process group, header
 
 
