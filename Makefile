@@ -31,6 +31,19 @@ demo: setup
 	$(PY) eval/eval_peaks.py --pred runs/demo/peaks/peaks.json --labels runs/demo/unseen_rally.json \
 	  --classes near_court_swing --threshold 0.3 --json runs/demo/eval.json --log "make demo: an unseen rendered rally"
 
+# the real-video job of README: needs the labelled rally under LAB_SHARED
+LAB_SHARED ?= ../shared
+R := $(LAB_SHARED)/data/tempopeak
+RALLY_LABELS := $(R)/annotations/tennis_rally_first_1500.json $(R)/annotations/tennis_no_event_tail.json
+RALLY := --crop 90,150,470,170 --size 112x40 --input graydiff --encoder tiny --shift tsm --head bimamba2 \
+  --dropout 0.3 --lr 2e-3 --splice 0.15 --steps 600
+
+rally: setup
+	rm -rf runs/rally
+	$(PY) train/train.py --data $(RALLY_LABELS) --videos $(R)/videos --task spot --classes near_court_swing $(RALLY) --out runs/rally
+	$(PY) eval/infer_peaks.py $(R)/videos/tennis_rally_first_1500.mp4 $(R)/videos/tennis_no_event_tail.mp4 --ckpt runs/rally/last --out runs/rally/pred
+	$(PY) eval/eval_peaks.py --pred runs/rally/pred/peaks.json --labels $(RALLY_LABELS) --classes near_court_swing --json runs/rally/eval.json
+
 test: setup lint
 	$(PY) -m pytest -q -m "not slow"
 

@@ -87,7 +87,7 @@ class PeakClips(Dataset):
         )
 
     def _list_starts(self, single: bool) -> None:
-        """by_event: (video, starts) per event, clips that hold it; empty: array (M, 2) of (video, start) without any."""
+        """by_event: (video, starts) of the clips that hold each event; empty: (M, 2) of (video, start) without any."""
         self.by_event, empty, self.most = [], [], 1
         for v, (rows, (first, stop)) in enumerate(zip(self.events, self.bounds, strict=True)):
             starts = np.arange(first, max(first, stop - self.T) + 1)

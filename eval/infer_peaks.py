@@ -117,7 +117,7 @@ def draw_video(path: Path, target: Path, item: dict, scores: np.ndarray, args) -
 
 
 def draw_strips(path: Path, folder: Path, item: dict, cfg, args, reach: int = 4, rows: int = 9) -> None:
-    """PNG sheets, a row per event above the threshold: the frames -reach..+reach around it, cut as the model sees it."""
+    """PNG sheets, a row per event above the threshold: the frames around it, cut as the model sees them."""
     info = probe(path)
     crop = scale_crop(cfg.crop, cfg.crop_of, (info.width, info.height))
     w, h = crop[2:] if crop else (info.width, info.height)
@@ -150,11 +150,9 @@ def main(argv: list[str] | None = None) -> None:
     for path in paths:
         t = time.perf_counter()
         item, scores = predict(model, path, args, r)
-        seconds = time.perf_counter() - t
+        speed = len(scores) / (time.perf_counter() - t)
         n = sum(e["score"] >= args.threshold for e in item["events"])
-        print(
-            f"{path.name}: {len(scores)} frames, {n} events above {args.threshold}, {len(scores) / seconds:.0f} frames/s"
-        )
+        print(f"{path.name}: {len(scores)} frames, {n} events above {args.threshold}, {speed:.0f} frames/s")
         found.append((path, item, scores))
 
     # ---- result: into a folder beside, renamed file by file at the end

@@ -78,7 +78,7 @@ def score_video(model, images, *, overlap=0.5, weighting="triangle", batch_size=
 
 
 def within(scores: np.ndarray, reach: int = 2) -> np.ndarray:
-    """(n, K) probabilities of "the peak is this frame" -> of "the peak is at most `reach` frames from here", capped at 1."""
+    """(n, K) probabilities of "the peak is here" -> of "the peak is at most `reach` frames from here", at most 1."""
     kernel = np.ones(2 * reach + 1)
     near = [np.convolve(s, kernel)[reach : reach + len(s)] for s in scores.T]  # K arrays (n,)
     return np.stack(near, axis=1).clip(max=1.0)

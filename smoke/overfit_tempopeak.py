@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     result = f"loss {first:.3f} -> {value:.4f}, acc {acc:.2f} in {step} steps"
     run.finish(r, args, "TempoPeak", result)
     if value >= args.target or acc < 1:
-        raise UserError(f"did not overfit: {result}, wanted loss < {args.target} and acc 1.0; try another --lr or --steps")
+        raise UserError(f"did not overfit: {result}, wanted loss < {args.target}, acc 1; try another --lr or --steps")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,8 @@ def check(cfg: TempoPeakConfig, frames: torch.Tensor, r, impl: str) -> TempoPeak
         error = (here - there).abs().max().item() / there.abs().max().item()
         assert error < 1e-3, f"CPU and GPU differ by {error:.1e} of the largest logit"
         note = f", CPU = GPU within {error:.1e}"
-    print(f"{cfg.head:9s} no_peak {cfg.no_peak:d} | logits {tuple(logits.shape)} | loss {loss:.4f} (want {want:.4f}){note}")
+    about = f"{cfg.head:9s} no_peak {cfg.no_peak:d} shift {cfg.shift}"
+    print(f"{about} | logits {tuple(logits.shape)} | loss {loss:.4f} (want {want:.4f}){note}")
     return model
 
 

@@ -42,6 +42,7 @@ from utils import overlay, run
 from utils.plots import curves
 from utils.run import UserError
 from utils.spotting_metrics import e2e_map, match_events, nms_e2e, peak_errors
+from utils.weights import load_strict, read_tensors
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -138,10 +139,8 @@ def make_data(args, size: list[int], crop: list[int] | None):
     unknown = sorted(set(classes) - set(class_names(items)))
     if unknown:
         raise UserError(f"--classes {','.join(unknown)}: not among the labels {class_names(items)}")
-    frames, val_frames = (
-        run.numbers("--frames", args.frames, ":", 2),
-        run.numbers("--val-frames", args.val_frames, ":", 2),
-    )
+    frames = run.numbers("--frames", args.frames, ":", 2)
+    val_frames = run.numbers("--val-frames", args.val_frames, ":", 2)
     if args.splice and args.task == "peak" and not args.no_peak:
         raise UserError("--splice can cut the peak away; it needs --task spot or --no-peak")
     kw = {"folder": args.videos, "classes": classes, "T": args.clip_len, "size": size, "crop": crop, "seed": args.seed}
@@ -161,16 +160,16 @@ def make_data(args, size: list[int], crop: list[int] | None):
 
 def batch_loss(net, model, batch: dict, args, r) -> torch.Tensor:
     """Loss of one micro-batch, forward in autocast, loss in float32. Same function for training and validation."""
-    frames, lengths = batch["frames"].to(r.device, non_blocking=True), batch["length"].to(r.device, non_blocking=True)
-    T, padded = frames.shape[1], bool((batch["length"] < frames.shape[1]).any())
+    T, padded = batch["frames"].shape[1], bool((batch["length"] < batch["frames"].shape[1]).any())
     if args.task == "peak":
-        peak, lo, hi = (batch[k].to(r.device, non_blocking=True) for k in ("peak", "lo", "hi"))
-        target = peak_targets(peak, lo, hi, T, args.targets, args.sigma, args.no_peak)
+        target = peak_targets(*(batch[k] for k in ("peak", "lo", "hi")), T, args.targets, args.sigma, args.no_peak)
     else:
-        events = batch["events"].to(r.device, non_blocking=True)
-        target = spot_targets(events, T, len(model.cfg.classes), args.targets, args.sigma)
+        target = spot_targets(batch["events"], T, len(model.cfg.classes), args.targets, args.sigma)
+    # all that looks at values is done on the CPU; the GPU is never waited for
+    frames, lengths, target = (x.to(r.device, non_blocking=True) for x in (batch["frames"], batch["length"], target))
     if args.mixup and net.training:
-        lam, other = torch.distributions.Beta(args.mixup, args.mixup).sample().item(), torch.randperm(len(frames))
+        lam = torch.distributions.Beta(args.mixup, args.mixup).sample().item()
+        other = torch.randperm(len(frames)).to(r.device, non_blocking=True)
         frames = lam * (frames / 255) + (1 - lam) * (frames[other] / 255)
         target = lam * target + (1 - lam) * target[other]
         lengths = torch.maximum(lengths, lengths[other])
@@ -182,7 +181,7 @@ def batch_loss(net, model, batch: dict, args, r) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(model, val_set, val_items, args, r) -> dict:
-    """PEAK: loss, acc@0, acc@1, MAE over clips with a peak. SPOT: mAP@{0,1,2,4} and MAE of the validation frames, after NMS."""
+    """PEAK: loss, acc@0, acc@1, MAE over clips with a peak. SPOT: mAP@{0,1,2,4} and MAE after NMS."""
     if args.task == "spot":
         truth, pred = [], []
         for v, item in enumerate(val_items):
@@ -245,15 +244,16 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- model, optimizer
     cfg = TempoPeakConfig(
-        task=args.task, classes=classes, no_peak=args.no_peak, clip_len=args.clip_len, size=size, crop=crop, crop_of=crop_of,
-        input=args.input, encoder=args.encoder, shift=args.shift, head=args.head, head_layers=args.head_layers,
-        dropout=args.dropout,
+        task=args.task, classes=classes, no_peak=args.no_peak, clip_len=args.clip_len, size=size, crop=crop,
+        crop_of=crop_of, input=args.input, encoder=args.encoder, shift=args.shift, head=args.head,
+        head_layers=args.head_layers, dropout=args.dropout,
     )  # fmt: skip
     model = TempoPeak(cfg, impl=args.impl).to(r.device)
     if args.imagenet:
         model.encoder.load_imagenet(args.imagenet)
     if args.init:
-        model.load_state_dict(TempoPeak.from_checkpoint(args.init).state_dict())
+        run.read_config(args.init)
+        load_strict(model, read_tensors(Path(args.init) / "model.safetensors"), args.init)
     params = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in params if p.ndim >= 2 and not getattr(p, "_no_weight_decay", False)]
     vectors = [p for p in params if p.ndim < 2 or getattr(p, "_no_weight_decay", False)]
