@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from data.video import VideoReader, read_all
+from data.video_index import check_geometry
 from utils.run import UserError
 
 SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v")
@@ -49,7 +50,7 @@ class PeakClips(Dataset):
 
     def __init__(
         self, labels, folder, classes, T, size, crop=None, *, n=1000, events=0.8, single=False, frames=None, seed=0,
-        augment=False, flip=True, shift=0.06, light=0.3, splice=0.0, cache_gb=2.0,
+        augment=False, flip=True, shift=0.06, light=0.3, splice=0.0, cache_gb=2.0, frames_flag="--frames",
     ):  # fmt: skip
         self.T, self.size, self.n, self.seed = T, tuple(size), n, seed
         self.share, self.augment, self.flip, self.shift, self.light = events, augment, flip, shift, light
@@ -64,13 +65,14 @@ class PeakClips(Dataset):
                 count, video_size = len(reader), (reader.info.width, reader.info.height)
             self.crop_of = self.crop_of or video_size
             self.crops.append(scale_crop(crop, self.crop_of, video_size))
+            check_geometry(reader.info, size, self.crops[-1])
             known = [e for e in item["events"] if e["label"] in classes]
             late = [e["frame"] for e in known if e["frame"] >= count]
             if late:
                 raise UserError(f"{path}: has {count} frames, but its labels name frame {max(late)}; wrong file?")
             start, stop = frames or (0, count)
             if not 0 <= start < min(stop, count):
-                raise UserError(f"--frames {start}:{stop}: {path} has {count} frames; choose a range inside")
+                raise UserError(f"{frames_flag} {start}:{stop}: {path} has {count} frames; choose a range inside")
             self.bounds.append((start, min(stop, count)))
             rows = [(e["frame"], 1 + classes.index(e["label"]), *interval(e)) for e in known]
             rows = sorted(r for r in rows if start <= r[0] < self.bounds[-1][1])
@@ -143,6 +145,8 @@ class PeakClips(Dataset):
         """uint8 (N, H, W, 3), from memory where the whole set fits into cache_gb, else by random access."""
         if not self.cached:
             if v not in self.readers:
+                if len(self.readers) >= 16:  # open files
+                    self.readers.pop(next(iter(self.readers))).close()
                 self.readers[v] = VideoReader(self.paths[v], size=self.size, crop=self.crops[v])
             return self.readers[v].read(range(start, stop))
         if v not in self.store:

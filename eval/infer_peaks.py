@@ -72,14 +72,22 @@ def check_inputs(args) -> list[Path]:
         raise UserError(f"--batch-size {args.batch_size}: expected at least 1")
     for path in paths:
         probe(path)
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise UserError(f"--out {args.out}: is a file; give the name of a folder")
     if (Path(args.out) / "peaks.json").exists():
         raise UserError(f"--out {args.out}: holds predictions already; choose a new folder or delete them")
     return paths
 
 
+def checked_info(path: Path):
+    """VideoInfo whose rate has been compared with the pictures' own times."""
+    with VideoReader(path) as reader:
+        return reader.info
+
+
 def predict(model: TempoPeak, path: Path, args, r) -> tuple[dict, np.ndarray]:
     """(prediction item of one video, scores (n, K))."""
-    cfg, info = model.cfg, probe(path)
+    cfg, info = model.cfg, checked_info(path)
     crop = scale_crop(cfg.crop, cfg.crop_of, (info.width, info.height))
     images = (frame.image for frame in iter_frames(path, size=tuple(cfg.size), crop=crop))
     scores = score_video(model, images, overlap=args.overlap, weighting=args.fusion,
@@ -96,7 +104,7 @@ def predict(model: TempoPeak, path: Path, args, r) -> tuple[dict, np.ndarray]:
 
 def draw_video(path: Path, target: Path, item: dict, scores: np.ndarray, args) -> None:
     """Annotated copy: same rate and frame count, events above the threshold flash, the scores run along below."""
-    info = probe(path)
+    info = checked_info(path)
     width = min(args.width, info.width) // 2 * 2
     size = (width, round(info.height * width / info.width / 2) * 2)
     shown = [e for e in item["events"] if e["score"] >= args.threshold]
@@ -160,7 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     existed = out.exists()
     staging = out / ".tmp-infer"
     try:
-        staging.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)  # of a killed run
+        staging.mkdir(parents=True)
         items = [item for _, item, _ in found]
         write_predictions(staging / "peaks.json", items)
         write_csv(staging / "peaks.csv", items)

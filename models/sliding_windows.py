@@ -16,6 +16,8 @@ def windows(images: Iterable[np.ndarray], T: int, hop: int) -> Iterator[tuple[in
 
     Windows start at 0, hop, 2 hop, ..; the last one ends at the last frame.
     """
+    if not 1 <= hop <= T:
+        raise ValueError(f"windows: hop {hop}, expected 1..{T}, or frames between windows are never seen")
     recent, n = deque(maxlen=T), 0
     for image in images:
         recent.append(image)
@@ -62,7 +64,7 @@ def score_video(model, images, *, overlap=0.5, weighting="triangle", batch_size=
         x = torch.from_numpy(np.stack([clip for _, clip in batch])).permute(0, 1, 4, 2, 3)  # (B, L, 3, H, W)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             p = model.probabilities(model(x.to(device)))  # (B, L, K)
-        parts.extend((start, q) for (start, _), q in zip(batch, p.double().cpu().numpy(), strict=True))
+        parts.extend((start, q) for (start, _), q in zip(batch, p.cpu().double().numpy(), strict=True))
         batch.clear()
 
     for item in windows(images, T, max(1, round(T * (1 - overlap)))):

@@ -112,6 +112,7 @@ class TempoPeak(nn.Module):
         for layer in [self.classifier, *([self.attend, self.none] if cfg.no_peak else [])]:
             nn.init.normal_(layer.weight, std=0.001)  # first loss = that of a uniform guess
             nn.init.zeros_(layer.bias)
+        self.register_buffer("luma", torch.tensor([0.299, 0.587, 0.114])[:, None, None], persistent=False)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
 
@@ -134,7 +135,7 @@ class TempoPeak(nn.Module):
         if self.cfg.input == "rgb":
             x = (x - self.mean) / self.std
         else:
-            grey = (x * x.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(2, keepdim=True)  # (B, T, 1, H, W)
+            grey = (x * self.luma).sum(2, keepdim=True)  # (B, T, 1, H, W)
             step = (grey[:, 1:] - grey[:, :-1]) / 0.1  # (B, T-1, 1, H, W), of the order of 1 where something moves
             if valid is not None:
                 step = step * valid[:, 1:, None, None, None]
@@ -183,9 +184,13 @@ class TempoPeak(nn.Module):
         return model
 
     def load_imagenet(self, path: Path | str) -> None:
-        """Encoder weights from a local torchvision resnet18 file; its classifier `fc` is the only thing left out."""
+        """Encoder weights from a local torchvision resnet18 file; its classifier `fc` is the only thing left out.
+
+        Shift modules keep their own weights, as do the batch counters, which torchvision's oldest files do not hold.
+        """
         state = {k: v for k, v in read_tensors(path).items() if k not in ("fc.weight", "fc.bias")}
-        own = {k: v for k, v in self.encoder.state_dict().items() if k.startswith("shifts.")}
+        own = self.encoder.state_dict()
+        own = {k: v for k, v in own.items() if k.startswith("shifts.") or "num_batches" in k and k not in state}
         load_strict(self.encoder, {**state, **own}, path)
 
 
@@ -226,9 +231,14 @@ def peak_targets(
 
 
 def peak_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy over a clip's frames, mean over clips. logits, target (B, T or T+1); -inf logits are padding."""
-    logp = logits.float().log_softmax(1)
-    return -(target * logp.masked_fill(logp == float("-inf"), 0)).sum(1).mean()
+    """Cross-entropy over a clip's frames, mean over clips. logits, target (B, T or T+1); -inf logits are padding.
+
+    What of a target lies on padding goes to the real frames, so that a clip's loss does not depend on its padding.
+    """
+    padding = logits == float("-inf")
+    target = target.masked_fill(padding, 0)
+    target = target / target.sum(1, keepdim=True)
+    return -(target * logits.float().log_softmax(1).masked_fill(padding, 0)).sum(1).mean()
 
 
 def spot_targets(events: torch.Tensor, T: int, K: int, kind: str, sigma: float) -> torch.Tensor:

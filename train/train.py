@@ -11,7 +11,6 @@ import math
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repo root, so ou
 from data.peak_files import class_names, load_labels, window
 from data.peak_labels import FirstItems, PeakClips
 from data.rally import LABELS, Rally
+from models.mamba2 import describe_impl
 from models.sliding_windows import candidates, score_video
 from models.tempopeak import (
     ENCODERS,
@@ -75,9 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     g.add_argument("--videos", default=None, help="folder of the videos that the label files name")
     g.add_argument("--classes", default=None, help="comma-separated labels to learn (default: all in --data)")
-    g.add_argument(
-        "--frames", default=None, metavar="A:B", help="train on frames A..B-1 of every video that has events"
-    )
+    g.add_argument("--frames", default=None, metavar="A:B", help="train on frames A..B-1 of every video")
     g.add_argument("--val-data", nargs="+", default=None, help="label files to validate on (default: those of --data)")
     g.add_argument("--val-frames", default=None, metavar="A:B", help="validate on these frames; off if not given")
     g.add_argument("--clips", type=int, default=1000, help="clips per epoch")
@@ -121,6 +119,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 FREE = {"out", "resume", "stop_at", "log", "workers", "print_every", "val_every", "save_every", "device", "videos"}
 
 
+def check_flags(args) -> None:
+    """UserError for numbers that no run can have, before anything is written."""
+    for name in ("steps", "batch_size", "accum", "print_every", "val_every", "save_every", "clips", "val_clips",
+                 "clip_len", "head_layers"):  # fmt: skip
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+    for name, low, high in (("dropout", 0, 0.999), ("lr", 0, 10), ("event_share", 0, 1), ("splice", 0, 1)):
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low}..{high}")
+    if args.no_peak and args.task == "spot":
+        raise UserError("--no-peak: SPOT has a background class already; leave the flag out, or use --task peak")
+    if args.data == ["rally"] and args.clip_len < 8:
+        raise UserError(f"--clip-len {args.clip_len}: rendered rallies need at least 8 frames")
+
+
 def make_data(args, size: list[int], crop: list[int] | None):
     """(training set, validation set or None, label items of the validation for SPOT, class names)."""
     if args.data == ["rally"]:
@@ -135,6 +148,10 @@ def make_data(args, size: list[int], crop: list[int] | None):
     if args.videos is None:
         raise UserError("--data needs --videos, the folder of the videos that the labels name")
     items = [v for path in args.data for v in load_labels(path)]
+    names = [v["video"] for v in items]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"--data: video {twice[0]} is labelled in two of the files; keep one")
     classes = args.classes.split(",") if args.classes else class_names(items)
     unknown = sorted(set(classes) - set(class_names(items)))
     if unknown:
@@ -146,7 +163,8 @@ def make_data(args, size: list[int], crop: list[int] | None):
     kw = {"folder": args.videos, "classes": classes, "T": args.clip_len, "size": size, "crop": crop, "seed": args.seed}
     kw |= {"single": args.task == "peak"}
     train = PeakClips(
-        items, n=args.clips, events=args.event_share, frames=frames, augment=not args.no_augment,
+        items, n=args.clips, events=args.event_share if args.no_peak or args.task == "spot" else 1.0,
+        frames=frames, augment=not args.no_augment,
         flip=not args.no_flip, splice=args.splice, **kw,
     )  # fmt: skip
     if val_frames is None and args.val_data is None:
@@ -154,7 +172,7 @@ def make_data(args, size: list[int], crop: list[int] | None):
     val_items = [v for path in args.val_data or args.data for v in load_labels(path)]
     val_items = [v for v in val_items if any(e["label"] in classes for e in v["events"])]
     share = args.event_share if args.no_peak else 1.0
-    val = PeakClips(val_items, n=args.val_clips, events=share, frames=val_frames, **kw)
+    val = PeakClips(val_items, n=args.val_clips, events=share, frames=val_frames, frames_flag="--val-frames", **kw)
     return train, val, val_items, classes
 
 
@@ -204,8 +222,9 @@ def evaluate(model, val_set, val_items, args, r) -> dict:
         guess = batch["logits"][:, : args.clip_len].argmax(1).cpu()
         errors += (guess - batch["peak"]).abs()[batch["peak"] >= 0].tolist()
     model.train()
-    acc = {f"acc@{k}": sum(e <= k for e in errors) / len(errors) for k in (0, 1)}
-    return {"val_loss": loss / n, **acc, "MAE": sum(errors) / len(errors), "score": acc["acc@1"]}
+    count = len(errors) or math.nan  # no clip with a peak: no frame error to average
+    acc = {f"acc@{k}": sum(e <= k for e in errors) / count for k in (0, 1)}
+    return {"val_loss": loss / n, **acc, "MAE": sum(errors) / count, "score": acc["acc@1"]}
 
 
 @torch.no_grad()
@@ -229,14 +248,21 @@ def draw_validation(model, val_set, path: Path, args, r, rows: int = 4) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    check_flags(args)
     if args.resume == "auto":
         last = Path(args.out) / "last"
         args.resume = str(last) if last.exists() else None
+        if args.resume is None:  # killed before its first checkpoint: nothing to continue
+            (Path(args.out) / "metrics.jsonl").unlink(missing_ok=True)
     r = run.start(args, argv)
+    if "mamba2" in args.head:
+        run.say(r, f"# {describe_impl(args.impl, r.device)}")
     size, crop = run.numbers("--size", args.size, "x", 2), run.numbers("--crop", args.crop, ",", 4)
 
     # ---- data
     train_set, val_set, val_items, classes = make_data(args, size, crop)
+    if args.task == "peak" and len(classes) != 1:
+        raise UserError(f"PEAK has one class, the labels have {classes}; choose with --classes, or use --task spot")
     crop_of = list(train_set.crop_of) if crop else None
     if args.overfit:
         train_set = FirstItems(train_set, args.overfit)
@@ -250,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     model = TempoPeak(cfg, impl=args.impl).to(r.device)
     if args.imagenet:
-        model.encoder.load_imagenet(args.imagenet)
+        model.load_imagenet(args.imagenet)
     if args.init:
         run.read_config(args.init)
         load_strict(model, read_tensors(Path(args.init) / "model.safetensors"), args.init)
@@ -263,11 +289,12 @@ def main(argv: list[str] | None = None) -> None:
     scaler = torch.amp.GradScaler(r.device.type, enabled=r.dtype == torch.float16)
     step, best = 0, -1.0
     if args.resume:
-        if run.read_config(args.resume)["model"] != asdict(cfg):
+        saved_model = TempoPeak.from_checkpoint(args.resume)
+        if saved_model.cfg != cfg:
             raise UserError(
                 f"--resume {args.resume}: made with another model or data configuration; see its config.json"
             )
-        model.load_state_dict(TempoPeak.from_checkpoint(args.resume).state_dict())
+        model.load_state_dict(saved_model.state_dict())
         state = run.load_state(args.resume)
         changed = [k for k, v in vars(args).items() if k not in FREE and state["args"].get(k, v) != v]
         if changed:
@@ -288,8 +315,9 @@ def main(argv: list[str] | None = None) -> None:
         net = torch.compile(net)
     stop = args.steps if args.stop_at is None else min(args.stop_at, args.steps)
     batches = run.StepBatches(len(train_set), args.batch_size, step, stop, args.seed, r.rank, r.world, args.accum)
-    loader = iter(DataLoader(train_set, batch_sampler=batches, num_workers=args.workers,
-                             pin_memory=r.device.type == "cuda"))  # fmt: skip
+    loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.workers, worker_init_fn=run.ignore_sigterm,
+                        pin_memory=r.device.type == "cuda")  # fmt: skip
+    loader = iter(loader)
     outcomes = args.clip_len + args.no_peak if args.task == "peak" else 1 + len(classes)
     run.say(
         r, f"# {sum(p.numel() for p in params):,} parameters | {args.batch_size * r.world * args.accum} clips a step"
@@ -299,6 +327,8 @@ def main(argv: list[str] | None = None) -> None:
 
     def save(is_best: bool = False) -> None:
         if r.main:
+            if not all(p.isfinite().all() for p in params):
+                raise UserError(f"step {step}: weights are not finite; try a lower --lr or --dtype fp32")
             state = {"optimizer": opt.state_dict(), "scaler": scaler.state_dict(), "best": best, "args": vars(args)}
             run.save_checkpoint(out, step, model, model.config_dict(), state, best=is_best)
 
@@ -356,7 +386,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- result
     if saved != step:
         save()
-    if r.main:
+    if r.main and run.read_metrics(out):
         run.write_metrics_csv(out)
         curves(out / "metrics.jsonl", out / "curves.png")
     if r.stop_asked:

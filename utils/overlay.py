@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from utils.run import writing
+
 WHITE, BLACK, DARK, GREY = (255, 255, 255), (0, 0, 0), (22, 26, 32), (120, 128, 138)
 PALETTE = [  # apart for colour-blind eyes too, and from grass, clay and ice
     (255, 196, 0),
@@ -244,7 +246,8 @@ def save_png(path: str | Path, image: np.ndarray) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        Image.fromarray(_checked(image)).save(temporary, format="png")
-        temporary.replace(path)
+        with writing(path):
+            Image.fromarray(_checked(image)).save(temporary, format="png")
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from utils.run import UserError
+from utils.run import UserError, writing
 
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]  # Okabe-Ito, colour-blind safe
 
@@ -158,8 +158,9 @@ def _save(figure, path: str | Path) -> None:
     path = Path(path)
     tmp = path.with_name(f".{path.name}.tmp")
     try:
-        figure.savefig(tmp, dpi=110, format="png")
-        os.replace(tmp, path)
+        with writing(path):
+            figure.savefig(tmp, dpi=110, format="png")
+            os.replace(tmp, path)
     finally:
         plt.close(figure)
         tmp.unlink(missing_ok=True)

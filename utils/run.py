@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from types import SimpleNamespace
@@ -168,6 +169,11 @@ def watch_sigterm(r: SimpleNamespace) -> None:
     signal.signal(signal.SIGTERM, note)
 
 
+def ignore_sigterm(worker: int) -> None:
+    """worker_init_fn of loaders: a queue signals every process of a job, and the main one still needs its workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def should_stop(r: SimpleNamespace) -> bool:
     """True on every rank as soon as one rank got SIGTERM. The ranks agree over gloo on the CPU: no GPU sync."""
     if r.ddp:
@@ -228,8 +234,11 @@ def open_folder(r: SimpleNamespace, args) -> Path:
         raise UserError(f"--out {out}: holds another run already; choose a new folder, or continue it with --resume")
     if r.main:
         out.mkdir(parents=True, exist_ok=True)
+        for aside in out.glob(".tmp-old-*"):  # killed between the two renames of save_checkpoint
+            if not (out / aside.name.removeprefix(".tmp-old-")).exists():
+                os.rename(aside, out / aside.name.removeprefix(".tmp-old-"))
         for stale in out.glob(".tmp-*"):  # what a killed process left half-written
-            shutil.rmtree(stale)
+            stale.unlink() if stale.is_symlink() else shutil.rmtree(stale)
         about = {"command": r.command, "args": vars(args), "commit": commit(), "machine": machine(r)}
         about |= {"torch": str(torch.__version__), "python": sys.version, "world": r.world}
         write_text_atomic(out / "run.json", json.dumps(about, indent=1, default=str) + "\n")
@@ -243,12 +252,14 @@ def report(r: SimpleNamespace, out: Path, step: int, steps: int, **values: float
     """One aligned line on the main rank and the same numbers as one JSON object in out/metrics.jsonl."""
     if r.main:
         print(f"step {step:6d}/{steps} | " + " | ".join(f"{k} {v:.4g}" for k, v in values.items()), flush=True)
-        with open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
+        with writing(out / "metrics.jsonl"), open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, **values}) + "\n")
 
 
 def read_metrics(out: Path) -> list[dict]:
-    """Rows of out/metrics.jsonl, oldest first."""
+    """Rows of out/metrics.jsonl, oldest first; none before the first report."""
+    if not (out / "metrics.jsonl").exists():
+        return []
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -264,11 +275,11 @@ def write_metrics_csv(out: Path) -> None:
     """out/metrics.csv: the rows of metrics.jsonl under the union of their columns, for a spreadsheet."""
     rows = read_metrics(out)
     columns = list(dict.fromkeys(k for row in rows for k in row))
-    with open(out / ".metrics.csv.tmp", "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(out / ".metrics.csv.tmp", out / "metrics.csv")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text_atomic(out / "metrics.csv", text.getvalue())
 
 
 def write_text_atomic(path: Path | str, text: str) -> None:
@@ -276,16 +287,18 @@ def write_text_atomic(path: Path | str, text: str) -> None:
     path = Path(path)
     tmp = path.with_name(f".{path.name}.tmp")
     try:
-        tmp.write_text(text, encoding="utf-8")
-        os.replace(tmp, path)
+        with writing(path):
+            tmp.write_text(text, encoding="utf-8")
+            os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content) -> None:
-    """Path.write_bytes whose OSError names the path."""
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """An OSError inside names `path`: those of write() name no file."""
     try:
-        path.write_bytes(content)
+        yield
     except OSError as e:
         raise OSError(e.errno, e.strerror, str(path)) from e
 
@@ -308,9 +321,11 @@ def save_checkpoint(
         packed = io.BytesIO()
         torch.save({**state, "step": step}, packed)
         # as bytes, because on a full disk torch and safetensors raise no OSError, which cli would explain
-        write_bytes(tmp / "model.safetensors", save(tensors))
-        write_bytes(tmp / "state.pt", packed.getbuffer())
-        (tmp / "config.json").write_text(json.dumps({**config, "made_by": made_by}, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps({**config, "made_by": made_by}, indent=1) + "\n"
+        with writing(tmp):
+            (tmp / "model.safetensors").write_bytes(save(tensors))
+            (tmp / "state.pt").write_bytes(packed.getbuffer())
+            (tmp / "config.json").write_text(text, encoding="utf-8")
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
@@ -340,9 +355,12 @@ def read_config(folder: Path | str) -> dict:
             hint = f"checkpoints nearby: {', '.join(near[:4])}" if near else "expected a folder that train/ wrote"
             raise UserError(f"{folder}: not a checkpoint folder ({name} is missing); {hint}")
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{folder / 'config.json'}: not readable as JSON ({e}); take another checkpoint") from e
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'}: holds no JSON object; take another checkpoint")
+    return config
 
 
 def load_state(folder: Path | str) -> dict:
