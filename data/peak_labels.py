@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data.video import VideoReader, read_all
+from data.video import VideoReader, iter_frames
 from data.video_index import check_geometry
 from utils.run import UserError
 
@@ -19,10 +19,10 @@ SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v")
 
 def find_video(folder: Path | str, name: str) -> Path:
     """folder/<name>.<video suffix>. UserError names the folder and how many videos it holds."""
-    for suffix in SUFFIXES:
+    for suffix in (*SUFFIXES, *(s.upper() for s in SUFFIXES)):  # cameras write .MP4
         if (Path(folder) / f"{name}{suffix}").is_file():
             return Path(folder) / f"{name}{suffix}"
-    n = sum(p.suffix in SUFFIXES for p in Path(folder).glob("*"))
+    n = sum(p.suffix.lower() in SUFFIXES for p in Path(folder).glob("*"))
     raise UserError(f"{folder}: no video {name}.mp4 (or .mkv, .mov, ..) among its {n} videos; check --videos")
 
 
@@ -51,15 +51,17 @@ class PeakClips(Dataset):
     def __init__(
         self, labels, folder, classes, T, size, crop=None, *, n=1000, events=0.8, single=False, frames=None, seed=0,
         augment=False, flip=True, shift=0.06, light=0.3, splice=0.0, cache_gb=2.0, frames_flag="--frames",
+        crop_of=None,
     ):  # fmt: skip
         self.T, self.size, self.n, self.seed = T, tuple(size), n, seed
         self.share, self.augment, self.flip, self.shift, self.light = events, augment, flip, shift, light
         self.splice = splice if augment else 0.0
         self.paths = [find_video(folder, v["video"]) for v in labels]
         self.readers: dict[int, VideoReader] = {}
+        self.recent: list[int] = []
         self.store: dict[int, np.ndarray] = {}
         self.bounds, self.events = [], []  # per video: (first, stop), events as an array (E, 4) in video frames
-        self.crops, self.crop_of = [], None  # crop_of: W, H of the first video, whose pixels `crop` counts
+        self.crops, self.crop_of = [], crop_of  # crop_of: W, H whose pixels `crop` counts (None: of the first video)
         for item, path in zip(labels, self.paths, strict=True):
             with VideoReader(path) as reader:
                 count, video_size = len(reader), (reader.info.width, reader.info.height)
@@ -70,6 +72,8 @@ class PeakClips(Dataset):
             late = [e["frame"] for e in known if e["frame"] >= count]
             if late:
                 raise UserError(f"{path}: has {count} frames, but its labels name frame {max(late)}; wrong file?")
+            if count != item["num_frames"]:
+                raise UserError(f"{path}: has {count} frames, its labels say {item['num_frames']}; wrong file?")
             start, stop = frames or (0, count)
             if not 0 <= start < min(stop, count):
                 raise UserError(f"{frames_flag} {start}:{stop}: {path} has {count} frames; choose a range inside")
@@ -145,13 +149,16 @@ class PeakClips(Dataset):
         """uint8 (N, H, W, 3), from memory where the whole set fits into cache_gb, else by random access."""
         if not self.cached:
             if v not in self.readers:
-                if len(self.readers) >= 16:  # open files
-                    self.readers.pop(next(iter(self.readers))).close()
-                self.readers[v] = VideoReader(self.paths[v], size=self.size, crop=self.crops[v])
+                self.readers[v] = VideoReader(self.paths[v], size=self.size, crop=self.crops[v], threads=1)
+            self.recent = [k for k in self.recent if k != v] + [v]
+            if len(self.recent) > 16:  # open files; a closed reader keeps its index and opens again when asked
+                self.readers[self.recent.pop(0)].close()
             return self.readers[v].read(range(start, stop))
         if v not in self.store:
-            self.store[v] = read_all(self.paths[v], size=self.size, crop=self.crops[v])[0]
-        return self.store[v][start:stop].copy()
+            first, last = self.bounds[v]
+            pictures = iter_frames(self.paths[v], size=self.size, crop=self.crops[v], start=first, stop=last)
+            self.store[v] = np.stack([frame.image for frame in pictures])
+        return self.store[v][start - self.bounds[v][0] : stop - self.bounds[v][0]].copy()
 
 
 class FirstItems(Dataset):

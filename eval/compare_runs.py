@@ -5,8 +5,8 @@
 
 A run folder holds run.json (from train/), metrics.jsonl and maybe eval.json or *.eval.json (from eval_* --json).
 Runs are one group when all arguments but seed, out, log, resume and stop_at agree, and their eval files have one name
-and one setting. A key is looked up in the eval file (dots go down: mAP.1), else its last value in metrics.jsonl is
-taken.
+and one setting. A key that one of the eval files has (dots go down: mAP.1) is read from eval files alone; any other is
+the last value in metrics.jsonl. So no column mixes evaluations with validations during training.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from utils.run import UserError
 PER_RUN = {"seed", "out", "log", "resume", "stop_at"}  # arguments in which runs of one group may differ
 PER_EVAL = {"pred", "json", "hist", "log", "out"}  # settings of an eval file in which they may differ
 PEAK_KEYS = ["mAP.0", "mAP.1", "mAP.2", "mAP.4", "MAE", "f1"]  # the default where eval_peaks.py was used
+NO_RESULT = {"step", "loss", "lr", "grad", "clips_per_s", "score"}  # keys of metrics.jsonl that describe the training
+MISSING = object()  # a key that is not there, other than null
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -34,8 +36,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--key",
         action="append",
         metavar="KEY",
-        help="result to compare, may be repeated (default: mAP.0 .1 .2 .4, MAE, f1; else all single numbers of the "
-        "eval file; else val_* of metrics.jsonl)",
+        help="result to compare, may be repeated (default: mAP.0 .1 .2 .4, MAE, f1 of eval files; for runs without "
+        "these all single numbers of their eval file; for runs without one the validation results of metrics.jsonl)",
     )
     p.add_argument("--json", default=None, help="also write the result to this file")
     return p.parse_args(argv)
@@ -49,7 +51,7 @@ def read_json(path: Path):
 
 
 def read_run(folder: Path) -> list[dict]:
-    """One entry per eval file of the run, or one in all: run, args, commit, eval (its name), setting, numbers, last."""
+    """One entry per eval file of the run, or one in all. main() fills in its `values`, the numbers to compare."""
     about = read_json(folder / "run.json")
     if not isinstance(about, dict) or not isinstance(about.get("args"), dict):
         raise UserError(f"{folder / 'run.json'}: has no 'args'; expected the file that a train script wrote")
@@ -60,35 +62,49 @@ def read_run(folder: Path) -> list[dict]:
                 last |= json.loads(line)
             except ValueError as error:
                 raise UserError(f"{folder / 'metrics.jsonl'}: line {number} is not json ({error})") from error
-    base = {"run": str(folder), "args": about["args"], "commit": about.get("commit", "unknown")}
+    base = {"run": str(folder), "args": about["args"], "commit": about.get("commit", "unknown"), "last": last}
     evals = sorted({*folder.glob("*.eval.json"), *folder.glob("eval.json")})
     entries = []
     for path in evals or [None]:
         content = read_json(path) if path else {}
         if not isinstance(content, dict):
             raise UserError(f"{path}: expected a json object of results, as eval_* --json writes it")
-        setting = {k: v for k, v in content.get("settings", {}).items() if k not in PER_EVAL}
-        numbers = {k: v for k, v in content.items() if k != "settings"}
-        name = path.name.removesuffix("eval.json").rstrip(".") if path else ""
-        entries.append({**base, "eval": name, "setting": setting, "numbers": numbers, "last": last})
+        setting = {k: v for k, v in content.pop("settings", {}).items() if k not in PER_EVAL}
+        name = path.name if path else "none"
+        entries.append({**base, "eval": name, "setting": setting, "numbers": content, "values": {}})
     return entries
 
 
-def look_up(entry: dict, key: str) -> float | None:
-    """The number under `key`; None where it is missing or null (what an eval writes for not-a-number)."""
+def finite(value) -> float | None:
+    """None for what is no finite number: missing, text, a list, or null (what an eval writes for not-a-number)."""
+    return float(value) if type(value) in (int, float) and math.isfinite(value) else None
+
+
+def in_eval(entry: dict, key: str):
+    """What the eval file has under `key`, null (None) included; MISSING where it does not have the key."""
     value = entry["numbers"]
     for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    value = entry["last"].get(key) if value is None else value
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and math.isfinite(value) else None
+        value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
+    return value
+
+
+def column(entries: list[dict], key: str) -> list[float | None]:
+    """One number per entry, from the eval files where one of them has the key, else from metrics.jsonl."""
+    found = [in_eval(e, key) for e in entries]
+    if all(value is MISSING for value in found):
+        found = [e["last"].get(key) for e in entries]
+    return [finite(value) for value in found]
 
 
 def default_keys(entries: list[dict]) -> list[str]:
-    peaks = [k for k in PEAK_KEYS if any(look_up(e, k) is not None for e in entries)]
-    single = [k for e in entries for k in e["numbers"] if look_up(e, k) is not None]
-    val = [k for e in entries for k in e["last"] if k.startswith("val") and look_up(e, k) is not None]
-    return peaks or list(dict.fromkeys(single)) or list(dict.fromkeys(val))
+    """Per run: the peak results of its eval file, else that file's single numbers, else the run's last validation."""
+    peaks = [k for k in PEAK_KEYS if any(finite(in_eval(e, k)) is not None for e in entries)]
+    rest = []
+    for e in entries:
+        if all(finite(in_eval(e, k)) is None for k in peaks):
+            single = [k for k in e["numbers"] if finite(in_eval(e, k)) is not None]
+            rest += single or [k for k in e["last"] if k not in NO_RESULT]
+    return [k for k in dict.fromkeys(peaks + rest) if any(x is not None for x in column(entries, k))]
 
 
 def group_runs(entries: list[dict], keys: list[str]) -> list[dict]:
@@ -101,7 +117,7 @@ def group_runs(entries: list[dict], keys: list[str]) -> list[dict]:
     for text, members in groups.items():
         results = {}
         for key in keys:
-            values = [x for x in (look_up(e, key) for e in members) if x is not None]
+            values = [e["values"][key] for e in members if e["values"][key] is not None]
             results[key] = {"n": len(values), "values": values}
             if values:
                 std = statistics.stdev(values) if len(values) > 1 else None
@@ -151,7 +167,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.runs[0]}: no run folder among the {len(args.runs)} given; expected what train/ writes")
     keys = args.key or default_keys(entries)
     for key in keys:
-        if all(look_up(e, key) is None for e in entries):
+        for e, value in zip(entries, column(entries, key), strict=True):
+            e["values"][key] = value
+        if all(e["values"][key] is None for e in entries):
             known = sorted({k for e in entries for k in [*e["numbers"], *e["last"]]})
             raise UserError(f"--key {key}: no run has this number; there are {', '.join(known) or 'none'}")
     if not keys:
@@ -166,6 +184,8 @@ def main(argv: list[str] | None = None) -> None:
         cells = [cell(group["results"][k], n) for k in keys]
         print(f"| {what} | {n} | {seeds} | " + " | ".join(cells) + f" | {', '.join(group['commits'])} |")
     print("\nmean ± sample standard deviation over seeds (smallest..largest)")
+    if trained := [k for k in keys if all(in_eval(e, k) is MISSING for e in entries)]:
+        print(f"last values, from metrics.jsonl: {', '.join(trained)}")
     for group in table:
         if len(set(group["seeds"])) < len(group["seeds"]):
             print(f"WARNING: a seed occurs twice in {group['runs']}: that is no spread over seeds")

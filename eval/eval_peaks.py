@@ -30,19 +30,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    p.add_argument(
-        "--pred", required=True, help="predictions file (json with scores), as eval/infer_peaks.py writes it"
-    )
+    p.add_argument("--pred", required=True, help="predictions with scores (json), as eval/infer_peaks.py writes them")
     p.add_argument("--labels", required=True, nargs="+", help="label file or files (E2E-Spot json)")
     p.add_argument("--json", default=None, help="also write the result to this file")
+    p.add_argument("--classes", default=None, metavar="A,B", help="score these classes only (default: all labelled)")
+    p.add_argument("--frames", default=None, metavar="START:STOP", help="score frames [START, STOP) (default: all)")
     p.add_argument(
-        "--classes", default=None, metavar="A,B", help="score these classes only (default: all in the labels)"
-    )
-    p.add_argument(
-        "--frames", default=None, metavar="START:STOP", help="score frames [START, STOP) only (default: all)"
-    )
-    p.add_argument(
-        "--nms", choices=["e2e", "greedy", "soft", "none"], default="none", help="suppression (default none)"
+        "--nms", default="none", choices=["e2e", "greedy", "soft", "none"], help="suppression (default none)"
     )
     p.add_argument("--nms-window", type=float, default=1, help="radius of the suppression, frames (default 1)")
     p.add_argument("--floor", type=float, default=0.01, help="greedy and soft stop at this score (default 0.01)")
@@ -63,7 +57,11 @@ def read_files(args) -> tuple[list[dict], list[dict]]:
     for path in args.labels:
         if content == Path(path).read_bytes():
             raise UserError(f"--pred {args.pred}: is the label file {path}; pass what eval/infer_peaks.py wrote")
-    return truth, pair_with_labels(load_predictions(args.pred), truth, f"--pred {args.pred}")
+    pred = pair_with_labels(load_predictions(args.pred), truth, f"--pred {args.pred}")
+    both = [Counter((v["video"], e["frame"], e["label"]) for v in x for e in v["events"]) for x in (truth, pred)]
+    if both[0] and both[0] == both[1] and all(e["score"] == 1 for v in pred for e in v["events"]):
+        raise UserError(f"--pred {args.pred}: is the labels with score 1; pass what eval/infer_peaks.py wrote")
+    return truth, pred
 
 
 def restrict(truth: list[dict], pred: list[dict], args) -> tuple[list[dict], list[dict], dict]:
@@ -79,6 +77,10 @@ def restrict(truth: list[dict], pred: list[dict], args) -> tuple[list[dict], lis
         )
     truth, pred, dropped = keep_classes(truth, pred, chosen)
     start, stop = frame_range(args.frames)
+    frames = sorted(e["frame"] for v in truth for e in v["events"])
+    if frames and not any(v["events"] for v in window(truth, start, stop)):
+        span = f"{len(frames)} labelled events, in {frames[0]}..{frames[-1]}"
+        raise UserError(f"--frames {args.frames}: no event is left; expected frames with some of the {span}")
     return window(truth, start, stop), window(pred, start, stop), dropped
 
 

@@ -68,8 +68,10 @@ def check_inputs(args) -> list[Path]:
         raise UserError(f"two videos are called {twice[0]}: predictions go by the file's stem; rename one of them")
     if not 0 <= args.overlap <= 0.95:
         raise UserError(f"--overlap {args.overlap}: expected 0..0.95")
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: expected at least 1")
+    for name, low, high in (("batch_size", 1, 4096), ("nms_window", 1, 10**6), ("floor", 1e-9, 1), ("threshold", 0, 1),
+                            ("width", 16, 8192)):  # fmt: skip
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low}..{high}")
     for path in paths:
         probe(path)
     if Path(args.out).exists() and not Path(args.out).is_dir():
@@ -79,36 +81,42 @@ def check_inputs(args) -> list[Path]:
     return paths
 
 
-def checked_info(path: Path):
-    """VideoInfo whose rate has been compared with the pictures' own times."""
-    with VideoReader(path) as reader:
-        return reader.info
-
-
 def predict(model: TempoPeak, path: Path, args, r) -> tuple[dict, np.ndarray]:
     """(prediction item of one video, scores (n, K))."""
-    cfg, info = model.cfg, checked_info(path)
-    crop = scale_crop(cfg.crop, cfg.crop_of, (info.width, info.height))
-    images = (frame.image for frame in iter_frames(path, size=tuple(cfg.size), crop=crop))
+    cfg, shown = model.cfg, probe(path)
+    crop = scale_crop(cfg.crop, cfg.crop_of, (shown.width, shown.height))
+    with VideoReader(path, size=tuple(cfg.size), crop=crop) as reader:
+        return score_reader(model, reader, path.stem, args, r)
+
+
+def score_reader(model: TempoPeak, reader: VideoReader, name: str, args, r) -> tuple[dict, np.ndarray]:
+    """As `predict`, for an open video at the model's size and crop."""
+    cfg, info = model.cfg, reader.info
+    images = (frame.image for frame in reader.stream())
     scores = score_video(model, images, overlap=args.overlap, weighting=args.fusion,
                          batch_size=args.batch_size, device=r.device, dtype=r.dtype)  # fmt: skip
-    item = {"video": path.stem, "num_frames": len(scores), "fps": info.fps, "width": info.width, "height": info.height}
+    item = {"video": name, "num_frames": len(scores), "fps": info.fps, "width": info.width, "height": info.height}
+    item["vfr"] = reader.vfr
     item["events"] = candidates(scores, cfg.classes, args.floor)
     if args.nms != "none":
-        item = NMS[args.nms]([item], args.nms_window)[0]
+        floor = () if args.nms == "e2e" else (args.floor,)
+        item = NMS[args.nms]([item], args.nms_window, *floor)[0]
     if cfg.task == "peak":  # one softmax over the window: what a user wants to know is whether the peak is about here
         scores = within(scores)
         item["events"] = [{**e, "score": float(scores[e["frame"], 0])} for e in item["events"]]
+    item["events"] = [{**e, "time_s": round(reader.times_s[e["frame"]], 6)} for e in item["events"]]
     return item, scores
 
 
 def draw_video(path: Path, target: Path, item: dict, scores: np.ndarray, args) -> None:
     """Annotated copy: same rate and frame count, events above the threshold flash, the scores run along below."""
-    info = checked_info(path)
+    with VideoReader(path) as reader:
+        info = reader.info  # with the rate checked against the pictures' own times
+    window = round(20 * info.fps) if len(scores) > 60 * info.fps else None  # long videos: the strip moves along
     width = min(args.width, info.width) // 2 * 2
     size = (width, round(info.height * width / info.width / 2) * 2)
     shown = [e for e in item["events"] if e["score"] >= args.threshold]
-    writer = None
+    curve, writer = scores.max(1), None
     for frame in iter_frames(path, size=size):
         image = frame.image
         for e in shown:
@@ -116,7 +124,8 @@ def draw_video(path: Path, target: Path, item: dict, scores: np.ndarray, args) -
             if 0 <= since_s < 0.3:  # lights up at the event, fades
                 image = overlay.flash(image, strength=1 - since_s / 0.3)
                 image = overlay.text(image, (12, 12), f"{e['label']}  frame {e['frame']}  {e['score']:.2f}")
-        image = overlay.score_strip(image, scores.max(1), frame.index, [e["frame"] for e in shown])
+        marks = [e["frame"] for e in shown if window is None or abs(e["frame"] - frame.index) <= window]
+        image = overlay.score_strip(image, curve, frame.index, marks, window=window)
         if writer is None:
             writer = VideoWriter(target, info.rate, (image.shape[1], image.shape[0]))
             writer.__enter__()
@@ -160,7 +169,8 @@ def main(argv: list[str] | None = None) -> None:
         item, scores = predict(model, path, args, r)
         speed = len(scores) / (time.perf_counter() - t)
         n = sum(e["score"] >= args.threshold for e in item["events"])
-        print(f"{path.name}: {len(scores)} frames, {n} events above {args.threshold}, {speed:.0f} frames/s")
+        vfr = ", variable frame rate" if item["vfr"] else ""
+        print(f"{path.name}: {len(scores)} frames{vfr}, {n} events above {args.threshold}, {speed:.0f} frames/s")
         found.append((path, item, scores))
 
     # ---- result: into a folder beside, renamed file by file at the end

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
+from utils.run import UserError
+
 
 def windows(images: Iterable[np.ndarray], T: int, hop: int) -> Iterator[tuple[int, np.ndarray]]:
     """images (H, W, 3) in order -> (first frame, stack (L, H, W, 3)); L = T, or the video's length if that is less.
@@ -76,7 +78,10 @@ def score_video(model, images, *, overlap=0.5, weighting="triangle", batch_size=
     model.train(was_training)
     if not parts:
         raise ValueError("score_video: no frames")
-    return fuse(parts, weighting)
+    scores = fuse(parts, weighting)
+    if not np.isfinite(scores).all():
+        raise UserError("the model's scores are not finite; use --dtype fp32, or another checkpoint")
+    return scores
 
 
 def within(scores: np.ndarray, reach: int = 2) -> np.ndarray:

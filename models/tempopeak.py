@@ -23,7 +23,7 @@ from utils.run import UserError, read_config
 from utils.weights import load_strict, read_tensors
 
 TASKS, ENCODERS, INPUTS = ("peak", "spot"), ("resnet18", "tiny"), ("rgb", "graydiff")
-SHIFTS, HEADS = ("none", "tsm", "gsm", "gsf"), ("identity", "bigru", "bimamba2", "mamba2")
+SHIFTS, HEADS = ("none", "tsm", "gsm", "gsf"), ("identity", "bigru", "bimamba2", "mamba2", "sgp")
 
 
 @dataclass
@@ -41,7 +41,7 @@ class TempoPeakConfig:
     encoder: str = "resnet18"  # resnet18 | tiny (three blocks, for laptops)
     shift: str = "none"  # none | tsm | gsm | gsf
     shuffle: bool = True  # gsm, gsf: interleave channels as the originals do
-    head: str = "bimamba2"  # identity | bigru | bimamba2 | mamba2
+    head: str = "bimamba2"  # identity | bigru | bimamba2 | mamba2 | sgp
     head_layers: int = 1
     d_state: int = 64  # mamba2
     headdim: int = 64

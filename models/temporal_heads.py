@@ -4,6 +4,7 @@ identity   the baseline of the notes: nothing
 bigru      bidirectional GRU, hidden D, projected back to D: the reference head of the field (E2E-Spot)
 bimamba2   x + BiMamba2(norm(x)), 1..n layers, two directions with separate weights
 mamba2     x + Mamba2(norm(x)), 1..n layers, causal: frame t sees frames <= t
+sgp        encoder-decoder over time of T-DEED, as many levels as layers (models/sgp.py)
 
 Shapes: B clips, T frames (any number), D width. `lengths` (B,) int64: real frames of each clip, the rest is padding;
 None means that every frame is real. Outputs at padded frames are meaningless unless stated; nothing leaks out of them.
@@ -13,6 +14,7 @@ import torch
 import torch.nn as nn
 
 from models.mamba2 import Mamba2
+from models.sgp import SGPHead
 
 
 def reverse(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -84,11 +86,13 @@ class MambaHead(nn.Module):
 
 
 def make_head(kind: str, dim: int, layers: int = 1, **mamba2) -> nn.Module:
-    """identity | bigru | bimamba2 | mamba2; `mamba2` holds keywords of Mamba2 (d_state, headdim, expand, impl)."""
+    """identity | bigru | bimamba2 | mamba2 | sgp; `mamba2` holds keywords of Mamba2 (d_state, headdim, expand, impl)."""
     if kind == "identity":
         return Identity()
     if kind == "bigru":
         return BiGRU(dim, layers)
     if kind in ("bimamba2", "mamba2"):
         return MambaHead(dim, layers, bidirectional=kind == "bimamba2", **mamba2)
-    raise ValueError(f"head {kind!r}: expected identity, bigru, bimamba2 or mamba2")
+    if kind == "sgp":
+        return SGPHead(dim, levels=layers)
+    raise ValueError(f"head {kind!r}: expected identity, bigru, bimamba2, mamba2 or sgp")

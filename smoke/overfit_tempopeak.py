@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repo root, so our packages import from anywhere
+from models.mamba2 import describe_impl
 from models.tempopeak import ENCODERS, HEADS, TempoPeak, TempoPeakConfig, peak_loss, peak_targets
 from utils import run
 from utils.run import UserError
@@ -33,6 +34,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--head", default="bimamba2", choices=HEADS, help="head over time")
     p.add_argument("--size", type=int, default=48, help="pixels to each side of a frame")
     p.add_argument("--lr", type=float, default=5e-4, help="constant learning rate")
+    p.add_argument("--impl", default="auto", choices=["auto", "torch", "mamba_ssm"],
+                   help="Mamba2 implementation: auto takes the CUDA kernels where they import, else torch")  # fmt: skip
     p.add_argument("--log", default=None, metavar="WHY", help="reason for this run; appends the result row to LOG.md")
     return p.parse_args(argv)
 
@@ -48,7 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     target = peak_targets(peak, peak, peak, T, "hard", 1.0, no_peak=False)  # (B, T)
 
     # ---- model, optimizer
-    model = TempoPeak(TempoPeakConfig(encoder=args.encoder, head=args.head, size=[S, S])).to(r.device)
+    model = TempoPeak(TempoPeakConfig(encoder=args.encoder, head=args.head, size=[S, S]), impl=args.impl).to(r.device)
+    print(f"# {describe_impl(args.impl, r.device)}")
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr)
     scaler = torch.amp.GradScaler(r.device.type, enabled=r.dtype == torch.float16)
     print(f"# first loss should be ln({T}) = {math.log(T):.3f}")

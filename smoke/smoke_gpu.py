@@ -4,6 +4,7 @@ python smoke/smoke_gpu.py            # a few minutes; paste the table into LOG.m
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repo root, so ou
 from utils import run
 from utils.run import ROOT, UserError
 
+TRAIN = "train/train.py --device cuda --batch-size 8 --size 112x112 --shift gsm --val-clips 16 --clips 160"
 COMMANDS = [
     "smoke/smoke_mamba.py --device cuda",
     "smoke/smoke_mamba.py --device cuda --dtype bf16",
@@ -22,6 +24,12 @@ COMMANDS = [
     "smoke/overfit_tempopeak.py --device cuda",
     "smoke/overfit_tempopeak.py --device cuda --dtype bf16",
     "smoke/bench_mamba.py --device cuda",
+    f"{TRAIN} --dtype bf16 --compile --workers 4 --steps 20 --out runs/gpu/bf16",
+    f"{TRAIN} --dtype fp16 --steps 20 --stop-at 10 --out runs/gpu/fp16",
+    f"{TRAIN} --dtype fp16 --steps 20 --resume auto --out runs/gpu/fp16",
+    "data/prepare_rally.py runs/gpu/rally.mp4 --seconds 10",
+    "eval/infer_peaks.py runs/gpu/rally.mp4 --ckpt runs/gpu/bf16/last --out runs/gpu/peaks --device cuda --dtype bf16",
+    "-m torch.distributed.run --nproc_per_node=gpu " + f"{TRAIN} --dtype bf16 --steps 20 --out runs/gpu/ddp",
 ]
 
 
@@ -38,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise UserError(f"this torch ({torch.__version__}) sees no GPU; `make smoke` checks a CPU")
     rows, failed = [], []
+    shutil.rmtree(ROOT / "runs/gpu", ignore_errors=True)
     for command in (c for c in COMMANDS if args.only in c):
         print(f"$ python {command}", flush=True)
         done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, stdout=subprocess.PIPE, text=True)

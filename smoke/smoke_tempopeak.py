@@ -5,7 +5,6 @@ python smoke/smoke_tempopeak.py --size 224 --device cuda --dtype bf16
 """
 
 import argparse
-import copy
 import math
 import sys
 import tempfile
@@ -16,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repo root, so our packages import from anywhere
 from data.video import VideoWriter, read_all
-from models.mamba2 import describe_impl
+from models.mamba2 import describe_impl, resolve_impl
 from models.tempopeak import HEADS, TempoPeak, TempoPeakConfig, peak_loss, peak_targets
 from utils import run
 
@@ -66,11 +65,13 @@ def check(cfg: TempoPeakConfig, frames: torch.Tensor, r, impl: str) -> TempoPeak
     assert not bad, f"no or non-finite gradient: {bad}"
     note = ""
     if r.device.type == "cuda":
-        model.eval()
-        with torch.no_grad():
-            here, there = model(frames).cpu(), copy.deepcopy(model).cpu()(frames.cpu())
+        on_cpu = TempoPeak(cfg, impl="torch").eval()
+        on_cpu.load_state_dict(model.eval().state_dict())
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            here, there = model(frames).cpu(), on_cpu(frames.cpu())
         error = (here - there).abs().max().item() / there.abs().max().item()
-        assert error < 1e-3, f"CPU and GPU differ by {error:.1e} of the largest logit"
+        bar = 1e-2 if resolve_impl(impl, r.device) == "mamba_ssm" else 1e-3  # those kernels multiply in TF32
+        assert error < bar, f"CPU and GPU differ by {error:.1e} of the largest logit"
         note = f", CPU = GPU within {error:.1e}"
     about = f"{cfg.head:9s} no_peak {cfg.no_peak:d} shift {cfg.shift}"
     print(f"{about} | logits {tuple(logits.shape)} | loss {loss:.4f} (want {want:.4f}){note}")
@@ -88,7 +89,8 @@ def main(argv: list[str] | None = None) -> None:
     model = check(TempoPeakConfig(head="bimamba2", no_peak=True, shift="gsm", size=[S, S]), frames, r, args.impl).eval()
 
     # ---- where does the forward time go? decode + backbone + head, for the same B*T frames
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    autocast = torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), autocast:
         path = Path(folder) / "noise.mp4"
         smooth = torch.nn.functional.interpolate(torch.rand(T, 3, 9, 16), size=(360, 640), mode="bilinear")
         with VideoWriter(path, 30, (640, 360)) as writer:

@@ -168,6 +168,34 @@ def test_refusals(files, capsys):
     assert "no.json: cannot be read" in capsys.readouterr().err
 
 
+def test_frames_without_an_event_are_refused(files, capsys):
+    tmp_path, truth, pred = files
+    err = refused(tmp_path, capsys, truth, pred, "--frames", "390:")
+    assert "--frames 390:: no event is left; expected frames with some of the 5 labelled events, in 10..300" in err
+    err = refused(tmp_path, capsys, truth, pred, "--frames", "60:90", "--classes", "bounce")
+    assert "--frames 60:90: no event is left; expected frames with some of the 1 labelled events, in 50..50" in err
+    assert evaluate(tmp_path, truth, pred, "--frames", "300:")["n"] == 1
+    tail = [{"video": "tail", **SIZE, "events": [], "complete_for": ["hit"]}]  # nothing labelled: not the range's fault
+    assert evaluate(tmp_path, tail, [{**tail[0], "events": events(3, score=0.9)}], "--frames", "0:9")["n"] == 0
+
+
+def test_labels_dumped_as_predictions_are_refused(files, capsys):
+    tmp_path, truth, _ = files
+    dump = [{"video": v["video"], "fps": v["fps"], "events": []} for v in truth[::-1]]
+    for v in dump:
+        known = next(t["events"] for t in truth if t["video"] == v["video"])
+        v["events"] = [{"score": 1, "label": e["label"], "frame": float(e["frame"])} for e in known[::-1]]
+    assert "is the labels with score 1" in refused(tmp_path, capsys, truth, dump)
+    assert "is the labels" in refused(tmp_path, capsys, truth, dump, "--classes", "bounce", "--frames", "40:60")
+    for change in ({"score": 0.9999}, {"frame": 51}, {"label": "hit"}):
+        near = [{**v, "events": [e | change if e["frame"] == 50 else e for e in v["events"]]} for v in dump]
+        evaluate(tmp_path, truth, near)
+    evaluate(tmp_path, truth, [{**v, "events": v["events"][v["video"] == "a" :]} for v in dump])  # one is missing
+    tail = [{"video": "tail", **SIZE, "events": [], "complete_for": ["hit"]}]
+    empty = [{"video": "tail", "fps": 25.0, "events": []}]  # predicts nothing where nothing is labelled: no copy
+    assert evaluate(tmp_path, tail, empty)["n"] == 0
+
+
 def test_log_appends_one_row(files, monkeypatch):
     tmp_path, truth, pred = files
     (tmp_path / "LOG.md").write_text("## TempoPeak\n\n| when (UTC) | why |\n|---|---|\n\nafter\n", encoding="utf-8")
@@ -289,6 +317,70 @@ def test_keys_from_metrics_other_evals_and_warnings(tmp_path, capsys):
     other = make_run(tmp_path / "c", "gru", 1, 0.9, ev="test.eval.json")
     code, out, _ = compare([other, make_run(tmp_path / "d", "gru", 1, 0.8), "--key", "mAP.1"], capsys)
     assert "eval=test" in out and len([x for x in out.splitlines() if x.startswith("| eval=")]) == 2
+
+
+def make_train_run(folder: Path, task: str, seed: int, shift: float, ev: dict | None = None) -> str:
+    """A run folder with the rows that train/train.py writes: training and validation take turns."""
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"args": {"task": task, "seed": seed, "out": folder.name}}))
+    val = {
+        "peak": {"val_loss": 2 + shift, "acc@0": shift, "acc@1": 0.25 + shift, "MAE": 3 + shift, "score": 0.25},
+        "spot": {"mAP@0": shift, "mAP@1": 0.25 + shift, "mAP@2": 0.5, "mAP@4": 0.5, "score": 0.5},
+    }[task]
+    rows = [
+        {"step": 10, "loss": 4.0, "lr": 1e-3, "grad": 1.5, "clips_per_s": 9.0},
+        {"step": 10} | {k: 0.0 for k in val},
+        {"step": 20, "loss": 3.0, "lr": 1e-4, "grad": 1.2, "clips_per_s": 9.0},
+        {"step": 20} | val,
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+    if ev:
+        (folder / "eval.json").write_text(json.dumps(ev))
+    return str(folder)
+
+
+def table_of(out: str) -> list[dict]:
+    rows = [[c.strip() for c in x.strip("|").split("|")] for x in out.splitlines() if x.startswith("|")]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+def test_runs_of_train_py_are_compared_by_their_last_validation(tmp_path, capsys):
+    peak = [make_train_run(tmp_path / f"p{s}", "peak", s, x) for s, x in enumerate((0.25, 0.5))]
+    code, out, _ = compare(peak, capsys)
+    (row,) = table_of(out)
+    assert code == 0 and list(row)[3:-1] == ["val_loss", "acc@0", "acc@1", "MAE"]
+    assert row["acc@1"] == "0.625 ± 0.18 (0.5..0.75)" and row["MAE"].startswith("3.375 ± ")
+    spot = make_train_run(tmp_path / "s", "spot", 0, 0.125)
+    code, out, _ = compare([spot], capsys)  # no MAE: nothing was matched
+    assert code == 0 and list(table_of(out)[0])[3:-1] == ["mAP@0", "mAP@1", "mAP@2", "mAP@4"]
+    code, out, _ = compare([*peak, spot], capsys)
+    first, second = table_of(out)
+    assert code == 0 and first["mAP@1"] == second["MAE"] == "-" and second["mAP@1"] == "0.375"
+
+
+def test_a_column_never_mixes_an_eval_with_a_validation(tmp_path, capsys):
+    ev = {"mAP": {"0": 0.5, "1": 0.75}, "MAE": 1.5, "n": 40, "settings": {"pred": "x", "nms": "e2e"}}
+    runs = [
+        make_train_run(tmp_path / "scored", "peak", 0, 0.25, ev),
+        make_train_run(tmp_path / "null", "peak", 1, 0.25, ev | {"MAE": None}),  # an eval that matched nothing
+        make_train_run(tmp_path / "unscored", "peak", 2, 0.5),
+    ]
+    code, out, _ = compare(runs[:2], capsys)
+    (row,) = table_of(out)
+    assert code == 0 and list(row)[3:-1] == ["mAP.0", "mAP.1", "MAE"] and row["MAE"] == "1.5, n=1"
+    assert "metrics.jsonl" not in out
+    code, out, _ = compare(runs, capsys)
+    scored, unscored = table_of(out)
+    assert code == 0 and list(scored)[3:-1] == ["mAP.0", "mAP.1", "MAE", "val_loss", "acc@0", "acc@1"]
+    assert "eval=eval.json" in scored["setting"] and "eval=none" in unscored["setting"]
+    assert (scored["MAE"], unscored["MAE"], unscored["mAP.1"]) == ("1.5, n=1", "-", "-")  # the 3.5 is no eval's
+    assert unscored["acc@1"] == "0.75" and scored["acc@1"].startswith("0.5 ± 0 ")
+    assert "from metrics.jsonl: val_loss, acc@0, acc@1" in out
+    code, out, _ = compare([runs[0], runs[2], "--key", "MAE"], capsys)
+    assert [x["MAE"] for x in table_of(out)] == ["1.5", "-"]
+    other = make_train_run(tmp_path / "other", "spot", 0, 0.5, {"CIDEr": 1.25, "settings": {}})
+    code, out, _ = compare([runs[0], other], capsys)
+    assert list(table_of(out)[0])[3:-1] == ["mAP.0", "mAP.1", "MAE", "CIDEr"] and table_of(out)[1]["CIDEr"] == "1.25"
 
 
 def test_compare_refuses(tmp_path, capsys):

@@ -1,13 +1,17 @@
 """Mamba2 and ssd_scan: properties that need no reference data. Numbers of the original are in test_reference_mamba.py."""
 
+import functools
+import importlib.util
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from models import mamba2
 from models.mamba2 import Mamba2, describe_impl, resolve_impl, ssd_scan
+from utils import run
 from utils.run import UserError
 
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # else triton multiplies float32 as TF32, 1e-3 off
@@ -336,6 +340,31 @@ def test_transformers_has_the_same_block():
     assert_same(got, want, 1e-5)
     for name, grad in want_grads.items():
         assert_same(got_grads[name], grad, 1e-4)
+
+
+def test_bench_times_the_torch_path_where_kernels_import(monkeypatch, capsys):
+    from transformers.models.mamba2 import modeling_mamba2
+
+    path = Path(__file__).resolve().parents[1] / "smoke" / "bench_mamba.py"
+    spec = importlib.util.spec_from_file_location("bench_mamba", path)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    block, u = Mamba2(64), torch.randn(2, 50, 64)
+    mixer = bench.make_mixer(block, 16)
+    want = mixer(u)
+    for name in ("causal_conv1d_fn", "mamba2_split_conv1d_scan_combined", "mamba2_chunk_scan"):
+
+        @functools.wraps(getattr(modeling_mamba2, name))
+        def kernel(*args, **kwargs):
+            raise AssertionError("a kernel was called")
+
+        monkeypatch.setattr(modeling_mamba2, name, kernel)
+    with pytest.raises(AssertionError, match="a kernel was called"):
+        mixer(u)
+    with bench.torch_path():
+        assert torch.equal(mixer(u), want)
+    argv = ["--device", "cpu", "--shapes", "1,8,32", "--repeats", "1"]
+    assert run.cli(bench.main, argv) == 0 and "torch path" in capsys.readouterr().out
 
 
 # ---- implementations

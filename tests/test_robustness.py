@@ -209,7 +209,7 @@ TABLE = [
     ("--no-peak with SPOT", TRAIN, "--task spot --no-peak", "--no-peak"),
     ("--splice without no-peak", TRAIN, "--splice 0.5", "--splice | --no-peak"),
     ("--overlap", INFER, "--overlap 1", "--overlap 1.0: expected 0..0.95"),
-    ("--batch-size", INFER, "--batch-size 0", "--batch-size 0: expected at least 1"),
+    ("--batch-size", INFER, "--batch-size 0", "--batch-size 0: expected 1.."),
     ("clips too short for rallies", TRAIN, "--data rally --clip-len 4", "--clip-len 4"),
     # ---- device
     *[("no GPU", s, "--device cuda", "--device cuda: | sees no GPU") for s in (TRAIN, INFER)],

@@ -7,6 +7,7 @@ python train/train.py --out runs/peak --resume auto            # continues runs/
 """
 
 import argparse
+import gc
 import math
 import sys
 import time
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repo root, so our packages import from anywhere
-from data.peak_files import class_names, load_labels, window
+from data.peak_files import class_names, keep_classes, load_labels, window
 from data.peak_labels import FirstItems, PeakClips
 from data.rally import LABELS, Rally
 from models.mamba2 import describe_impl
@@ -121,24 +122,36 @@ FREE = {"out", "resume", "stop_at", "log", "workers", "print_every", "val_every"
 
 def check_flags(args) -> None:
     """UserError for numbers that no run can have, before anything is written."""
+    real = args.data != ["rally"]
+    if not real and args.clip_len < 8:
+        raise UserError(f"--clip-len {args.clip_len}: rendered rallies need at least 8 frames")
+    idle = {"shuffle_frames": False, "level": "easy"}
+    if not real:
+        idle = {"classes": None, "frames": None, "val_data": None, "val_frames": None, "crop": None}
+        idle |= {"splice": 0.0, "event_share": 0.8, "no_augment": False, "no_flip": False}
+    for name, default in idle.items():
+        if getattr(args, name) != default:
+            what = "label files" if real else "rendered rallies"
+            raise UserError(f"--{name.replace('_', '-')}: has no effect on {what}; leave it out")
     for name in ("steps", "batch_size", "accum", "print_every", "val_every", "save_every", "clips", "val_clips",
                  "clip_len", "head_layers"):  # fmt: skip
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
-    for name, low, high in (("dropout", 0, 0.999), ("lr", 0, 10), ("event_share", 0, 1), ("splice", 0, 1)):
+    for name, low, high in (("dropout", 0, 0.999), ("lr", 0, 10), ("event_share", 0, 1), ("splice", 0, 1),
+                            ("workers", 0, 256), ("overfit", 0, args.clips), ("sigma", 0.01, 100), ("mixup", 0, 100),
+                            ("clip", 1e-6, 1e6), ("warmup", 0, 0.999), ("fg_weight", 1e-3, 1e4),
+                            ("weight_decay", 0, 10)):  # fmt: skip
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low}..{high}")
     if args.no_peak and args.task == "spot":
         raise UserError("--no-peak: SPOT has a background class already; leave the flag out, or use --task peak")
-    if args.data == ["rally"] and args.clip_len < 8:
-        raise UserError(f"--clip-len {args.clip_len}: rendered rallies need at least 8 frames")
+    if min(run.numbers("--size", args.size, "x", 2)) < 16:
+        raise UserError(f"--size {args.size}: the encoder needs at least 16 pixels to each side")
 
 
 def make_data(args, size: list[int], crop: list[int] | None):
     """(training set, validation set or None, label items of the validation for SPOT, class names)."""
     if args.data == ["rally"]:
-        if crop:
-            raise UserError("--crop: rendered rallies are drawn at --size, there is nothing to cut; leave it out")
         kw = {"num_frames": args.clip_len, "size": tuple(size), "no_peak": 0.2 if args.no_peak else 0.0}
         kw |= {"level": args.level, "shuffle_frames": args.shuffle_frames}
         train = Rally(args.clips, args.seed, **kw)
@@ -170,9 +183,13 @@ def make_data(args, size: list[int], crop: list[int] | None):
     if val_frames is None and args.val_data is None:
         return train, None, None, classes
     val_items = [v for path in args.val_data or args.data for v in load_labels(path)]
-    val_items = [v for v in val_items if any(e["label"] in classes for e in v["events"])]
+    if val_frames and any(v["num_frames"] > val_frames[0] for v in val_items):
+        val_items = [v for v in val_items if v["num_frames"] > val_frames[0]]
     share = args.event_share if args.no_peak else 1.0
-    val = PeakClips(val_items, n=args.val_clips, events=share, frames=val_frames, frames_flag="--val-frames", **kw)
+    val = PeakClips(
+        val_items, n=args.val_clips, events=share, frames=val_frames, frames_flag="--val-frames",
+        crop_of=train.crop_of, **kw,
+    )  # fmt: skip
     return train, val, val_items, classes
 
 
@@ -206,17 +223,20 @@ def evaluate(model, val_set, val_items, args, r) -> dict:
             a, b = val_set.bounds[v]
             images = (image for t in range(a, b) for image in val_set._frames(v, t, t + 1))
             scores = score_video(model, images, device=r.device, dtype=r.dtype)
-            truth += window([{**item, "events": [e for e in item["events"] if e["label"] in model.cfg.classes]}], a, b)
+            truth += window([item], a, b)
             events = candidates(scores, model.cfg.classes)
             pred += [{**item, "events": [{**e, "frame": e["frame"] + a} for e in events]}]
-        pred = nms_e2e(pred, 8)
+        truth, pred, _ = keep_classes(truth, nms_e2e(pred, 8), model.cfg.classes)
         result = e2e_map(truth, pred)["mAP"]
         values = {f"mAP@{d}": v for d, v in result.items()} | {"score": sum(result[d] for d in (1, 2, 4)) / 3}
         pairs = match_events(truth, pred, threshold=0.5, radius=4)["pairs"]
         return values | ({"MAE": peak_errors(pairs)["MAE"]} if pairs else {})
     model.eval()
     loss, n, errors = 0.0, 0, []
-    for batch in DataLoader(val_set, batch_size=args.batch_size, num_workers=args.workers):
+    loader = DataLoader(
+        val_set, batch_size=args.batch_size, num_workers=args.workers, worker_init_fn=run.ignore_sigterm
+    )
+    for batch in loader:
         loss += batch_loss(model, model, batch, args, r).item() * len(batch["peak"])
         n += len(batch["peak"])
         guess = batch["logits"][:, : args.clip_len].argmax(1).cpu()
@@ -252,8 +272,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume == "auto":
         last = Path(args.out) / "last"
         args.resume = str(last) if last.exists() else None
-        if args.resume is None:  # killed before its first checkpoint: nothing to continue
-            (Path(args.out) / "metrics.jsonl").unlink(missing_ok=True)
+        restart = args.resume is None and not list(Path(args.out).glob("step_*"))  # killed before its first checkpoint
+    else:
+        restart = False
     r = run.start(args, argv)
     if "mamba2" in args.head:
         run.say(r, f"# {describe_impl(args.impl, r.device)}")
@@ -289,27 +310,29 @@ def main(argv: list[str] | None = None) -> None:
     scaler = torch.amp.GradScaler(r.device.type, enabled=r.dtype == torch.float16)
     step, best = 0, -1.0
     if args.resume:
-        saved_model = TempoPeak.from_checkpoint(args.resume)
-        if saved_model.cfg != cfg:
-            raise UserError(
-                f"--resume {args.resume}: made with another model or data configuration; see its config.json"
-            )
-        model.load_state_dict(saved_model.state_dict())
-        state = run.load_state(args.resume)
+        saved_model, state = TempoPeak.from_checkpoint(args.resume), run.load_state(args.resume)
         changed = [k for k, v in vars(args).items() if k not in FREE and state["args"].get(k, v) != v]
         if changed:
             was = ", ".join(f"--{k.replace('_', '-')} {state['args'][k]}" for k in changed)
             raise UserError(f"--resume {args.resume}: that run had {was}; repeat them, or start anew with --init")
+        if saved_model.cfg != cfg:
+            raise UserError(f"--resume {args.resume}: the data give another configuration than its config.json holds")
+        model.load_state_dict(saved_model.state_dict())
+        if state["world"] != r.world:
+            raise UserError(
+                f"--resume {args.resume}: made by {state['world']} processes, these are {r.world}; the global batch "
+                "would change; start as many, or start anew with --init"
+            )
         opt.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         step, best = state["step"], state["best"]
+    if r.main and restart:
+        (Path(args.out) / "metrics.jsonl").unlink(missing_ok=True)
     out = run.open_folder(r, args)
     if r.main:
         run.rewind_metrics(out, step)
     net = model
-    if r.ddp and r.device.type == "cuda":
-        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    if r.ddp:
+    if r.ddp:  # each rank keeps its own batch norm statistics, as each micro-batch of --accum does
         net = DDP(net, device_ids=[r.device.index] if r.device.type == "cuda" else None)
     if args.compile:
         net = torch.compile(net)
@@ -330,6 +353,7 @@ def main(argv: list[str] | None = None) -> None:
             if not all(p.isfinite().all() for p in params):
                 raise UserError(f"step {step}: weights are not finite; try a lower --lr or --dtype fp32")
             state = {"optimizer": opt.state_dict(), "scaler": scaler.state_dict(), "best": best, "args": vars(args)}
+            state["world"] = r.world
             run.save_checkpoint(out, step, model, model.config_dict(), state, best=is_best)
 
     # ---- loop
@@ -363,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
             if r.ddp:
                 dist.all_reduce(total)
             value, speed = total.item() / r.world, (step - since) / (time.perf_counter() - clock)
-            if not math.isfinite(value):
+            if not (math.isfinite(value) and (scaler.is_enabled() or norm.isfinite())):
                 raise UserError(f"step {step}: loss is {value}, gradient {norm:.2e}; try a lower --lr or --dtype fp32")
             speed *= args.batch_size * args.accum * r.world
             run.report(r, out, step, args.steps, loss=value, lr=lr, grad=norm.item(), clips_per_s=speed)
@@ -391,6 +415,8 @@ def main(argv: list[str] | None = None) -> None:
         curves(out / "metrics.jsonl", out / "curves.png")
     if r.stop_asked:
         run.say(r, f"# SIGTERM: saved step {step} in {out}/last; continue with --resume {out}/last")
+    del net  # DDP holds the process group; freed after it, its destructor can wait for ever for gloo's thread
+    gc.collect()
     result = ", ".join(f"{k} {v:.4f}" for k, v in val.items() if k != "score")
     run.finish(r, args, "TempoPeak", f"step {step}: " + (result or "no validation asked for"))
 

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
 from types import SimpleNamespace
@@ -33,6 +34,7 @@ from safetensors.torch import save
 ROOT = Path(__file__).resolve().parents[1]
 NO_WRITE = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EROFS: "read-only file system"}
 NO_WRITE |= {errno.EACCES: "permission denied", errno.ENOTDIR: "a part of the path is a file", errno.EEXIST: "exists"}
+NO_WRITE |= {errno.EISDIR: "is a folder", errno.ENAMETOOLONG: "name too long"}
 
 
 class UserError(ValueError):
@@ -44,7 +46,10 @@ def cli(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     try:
         main(argv)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        sentence = str(e).strip()
+        if "Traceback" in sentence:  # from a loader worker, which sends its whole traceback along
+            sentence = sentence.splitlines()[-1].removeprefix("utils.run.UserError: ")
+        print(f"error: {sentence}", file=sys.stderr)
         return 2
     except OSError as e:
         if e.errno not in NO_WRITE:
@@ -82,9 +87,9 @@ def start(args, argv: list[str] | None = None) -> SimpleNamespace:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     if dtype == torch.float16 and device.type == "cpu":
         raise UserError(f"--dtype fp16 on --device {device}: half precision needs a GPU; use --dtype bf16 or fp32")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if ddp and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed {args.seed}: expected 0 <= seed < 2**32")
@@ -95,7 +100,13 @@ def start(args, argv: list[str] | None = None) -> SimpleNamespace:
     launcher = f"torchrun --nproc_per_node={world}" if ddp else "python"
     r = SimpleNamespace(device=device, dtype=dtype, rank=rank, world=world, main=rank == 0, ddp=ddp, t0=time.time())
     r.command = f"{launcher} {shlex.join(words)}"
-    r.stop_asked, r.control = False, dist.new_group(backend="gloo") if ddp else None
+    r.stop_asked, r.control = (
+        False,
+        (
+            # patient: the other ranks wait here while rank 0 validates
+            dist.new_group(backend="gloo", timeout=timedelta(hours=12)) if ddp else None
+        ),
+    )
     say(r, f"# {r.command}")
     say(r, f"# commit {commit()} | torch {torch.__version__} | {machine(r)} | {args.dtype} | seed {args.seed}")
     return r
@@ -111,6 +122,8 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         raise UserError(f"--device {name}: this torch ({torch.__version__}) sees no GPU; use --device cpu")
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this machine has no Metal device; use --device cpu")
+    if local_rank is not None and re.fullmatch(r"cuda:\d+", name):
+        raise UserError(f"--device {name} under torchrun: all processes would share one GPU; use --device cuda")
     device = torch.device(f"cuda:{local_rank}" if name == "cuda" and local_rank is not None else name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: only {torch.cuda.device_count()} GPUs are visible; choose a lower number")
