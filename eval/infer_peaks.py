@@ -66,12 +66,8 @@ def check_inputs(args) -> list[Path]:
     twice = sorted({s for s in stems if stems.count(s) > 1})
     if twice:
         raise UserError(f"two videos are called {twice[0]}: predictions go by the file's stem; rename one of them")
-    if not 0 <= args.overlap <= 0.95:
-        raise UserError(f"--overlap {args.overlap}: expected 0..0.95")
-    for name, low, high in (("batch_size", 1, 4096), ("nms_window", 1, 10**6), ("floor", 1e-9, 1), ("threshold", 0, 1),
-                            ("width", 16, 8192)):  # fmt: skip
-        if not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low}..{high}")
+    run.check_ranges(args, batch_size=(1, 4096), nms_window=(1, 10**6), floor=(1e-9, 1), threshold=(0, 1))
+    run.check_ranges(args, width=(16, 8192), overlap=(0, 0.95))
     for path in paths:
         probe(path)
     if Path(args.out).exists() and not Path(args.out).is_dir():

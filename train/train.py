@@ -133,16 +133,11 @@ def check_flags(args) -> None:
         if getattr(args, name) != default:
             what = "label files" if real else "rendered rallies"
             raise UserError(f"--{name.replace('_', '-')}: has no effect on {what}; leave it out")
-    for name in ("steps", "batch_size", "accum", "print_every", "val_every", "save_every", "clips", "val_clips",
-                 "clip_len", "head_layers"):  # fmt: skip
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
-    for name, low, high in (("dropout", 0, 0.999), ("lr", 0, 10), ("event_share", 0, 1), ("splice", 0, 1),
-                            ("workers", 0, 256), ("overfit", 0, args.clips), ("sigma", 0.01, 100), ("mixup", 0, 100),
-                            ("clip", 1e-6, 1e6), ("warmup", 0, 0.999), ("fg_weight", 1e-3, 1e4),
-                            ("weight_decay", 0, 10)):  # fmt: skip
-        if not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low}..{high}")
+    counts = "steps batch_size accum print_every val_every save_every clips val_clips clip_len head_layers".split()
+    run.check_ranges(args, **dict.fromkeys(counts, (1, 10**9)), workers=(0, 256), overfit=(0, args.clips))
+    run.check_ranges(args, dropout=(0, 0.999), lr=(0, 10), event_share=(0, 1), splice=(0, 1), sigma=(0.01, 100))
+    run.check_ranges(args, mixup=(0, 100), clip=(1e-6, 1e6), warmup=(0, 0.999), fg_weight=(1e-3, 1e4))
+    run.check_ranges(args, weight_decay=(0, 10))
     if args.no_peak and args.task == "spot":
         raise UserError("--no-peak: SPOT has a background class already; leave the flag out, or use --task peak")
     if min(run.numbers("--size", args.size, "x", 2)) < 16:

@@ -72,6 +72,13 @@ def numbers(flag: str, value: str | None, sep: str, n: int) -> list[int] | None:
     return [int(x) for x in parts]
 
 
+def check_ranges(args, **limits: tuple[float, float]) -> None:
+    """UserError for the first flag outside its (lowest, highest) value: check_ranges(args, dropout=(0, 0.999))."""
+    for name, (low, high) in limits.items():
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low}..{high}")
+
+
 # ---- device, process group, header
 
 
