@@ -24,12 +24,12 @@ setup: .venv/installed
 
 # preset of the demo: the small encoder, 64 px, so that two CPU cores need a few minutes
 DEMO := --encoder tiny --input graydiff --size 64x64 --no-peak --lr 2e-3 --steps 800 --val-every 800 --save-every 800 \
-  --val-clips 256 --print-every 50
+  --val-clips 320 --print-every 50
 
 demo: setup
 	rm -rf runs/demo
-	$(PY) train/train.py --head bimamba2 $(DEMO) --out runs/demo/bimamba2 --log "make demo: 256 unseen clips, BiMamba2"
-	$(PY) train/train.py --head identity $(DEMO) --out runs/demo/identity --log "make demo: 256 unseen clips, Identity"
+	$(PY) train/train.py --head bimamba2 $(DEMO) --out runs/demo/bimamba2 --log "make demo: unseen clips, BiMamba2"
+	$(PY) train/train.py --head identity $(DEMO) --out runs/demo/identity --log "make demo: unseen clips, Identity"
 	$(PY) data/prepare_rally.py runs/demo/unseen_rally.mp4 --seed 777 --seconds 30
 	$(PY) eval/infer_peaks.py runs/demo/unseen_rally.mp4 --ckpt runs/demo/bimamba2/last --out runs/demo/peaks
 	$(PY) eval/eval_peaks.py --pred runs/demo/peaks/peaks.json --labels runs/demo/unseen_rally.json \
@@ -40,7 +40,7 @@ LAB_SHARED ?= ../shared
 R := $(LAB_SHARED)/data/tempopeak
 RALLY_LABELS := $(R)/annotations/tennis_rally_first_1500.json $(R)/annotations/tennis_no_event_tail.json
 RALLY := --crop 90,150,470,170 --size 112x40 --input graydiff --encoder tiny --shift tsm --head bimamba2 \
-  --dropout 0.3 --lr 2e-3 --splice 0.15 --steps 600
+  --dropout 0.3 --lr 2e-3 --splice 0.3 --steps 900
 
 rally: setup
 	rm -rf runs/rally

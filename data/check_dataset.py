@@ -51,7 +51,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--crop", default=None, metavar="X,Y,W,H", help="pixels of the video to cut out before resizing")
     g.add_argument("--no-augment", action="store_true", help="clips as they are: no mirror, shift, light")
     g.add_argument("--no-flip", action="store_true", help="never mirror (for classes that know left and right)")
-    g.add_argument("--splice", type=float, default=0.0, help="share of the clips that get a cut to an empty scene")
+    g.add_argument(
+        "--splice", type=float, default=0.0, help="share of the clips that are cut to a scene without events"
+    )
     g.add_argument("--level", default="easy", choices=["easy", "hard"], help="difficulty of rendered rallies")
     g.add_argument("--shuffle-frames", action="store_true", help="control: rally clips with their frames permuted")
     g.add_argument("--task", default="peak", choices=["peak", "spot"],

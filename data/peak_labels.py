@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from data.cutaways import cutaway, transition
 from data.video import VideoReader, iter_frames
 from data.video_index import check_geometry
 from utils.run import UserError
@@ -123,9 +124,8 @@ class PeakClips(Dataset):
         else:
             v, start = map(int, self.empty[rng.integers(len(self.empty))])
         item = self.clip(v, start, rng if self.augment else None)
-        if self.splice and len(self.empty) and rng.random() < self.splice:
-            other = self.clip(*map(int, self.empty[rng.integers(len(self.empty))]), rng)
-            item = splice(item, other, cut=int(rng.integers(1, self.T)), first=bool(rng.random() < 0.5))
+        if self.splice and rng.random() < self.splice:
+            item = self._cut(item, rng)
         return item
 
     def clip(self, v: int, start: int, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
@@ -144,6 +144,29 @@ class PeakClips(Dataset):
             "frames": frames, "length": torch.tensor(length), "events": events, "peak": peak, "lo": lo, "hi": hi,
             "video": torch.tensor(v), "start": torch.tensor(start),
         }  # fmt: skip
+
+    def _cut(self, item: dict, rng: np.random.Generator) -> dict:
+        """The clip with a cut to, or from, a scene without events; in a quarter of the draws nothing but that scene."""
+        frames, T = item["frames"], len(item["frames"])
+        if item["length"] < T:
+            return item
+        if len(self.empty) and rng.random() < 0.4:
+            other = self.clip(*map(int, self.empty[rng.integers(len(self.empty))]), rng)["frames"]
+        else:
+            other = cutaway(frames, rng)
+        cut, first = int(rng.integers(1, T)), bool(rng.random() < 0.5)
+        if rng.random() < 0.25:
+            cut, first = 0, True
+            shown = torch.zeros(T, 1, 1, 1)
+        else:
+            shown = transition(T, *frames.shape[2:], cut, first, rng)  # (T, 1, H, W)
+        mixed = (shown * frames + (1 - shown) * other).round().to(torch.uint8)
+        at = item["events"][:, 0]
+        stays = (at >= 0) & ((at < cut) == first)
+        events = torch.full_like(item["events"], -1)
+        events[: int(stays.sum())] = item["events"][stays]
+        peak, _, lo, hi = events[0]
+        return {**item, "frames": mixed, "events": events, "peak": peak, "lo": lo, "hi": hi}
 
     def _frames(self, v: int, start: int, stop: int) -> np.ndarray:
         """uint8 (N, H, W, 3), from memory where the whole set fits into cache_gb, else by random access."""
@@ -177,20 +200,6 @@ class FirstItems(Dataset):
 def interval(event: dict) -> tuple[int, int]:
     """First and last frame judged possible; the frame itself where the label has no lo, hi."""
     return event.get("lo", event["frame"]), event.get("hi", event["frame"])
-
-
-def splice(item: dict, other: dict, cut: int, first: bool) -> dict:
-    """A scene cut at frame `cut`: `item` on one side of it (before, if `first`), a clip without events on the other."""
-    if min(item["length"], other["length"]) < len(item["frames"]):
-        return item
-    T = len(item["frames"])
-    kept = (torch.arange(T) < cut) == first  # (T,) frames of `item`
-    frames = torch.where(kept[:, None, None, None], item["frames"], other["frames"])
-    stays = kept[item["events"][:, 0].clamp(0)] & (item["events"][:, 0] >= 0)
-    events = torch.full_like(item["events"], -1)
-    events[: int(stays.sum())] = item["events"][stays]
-    peak, _, lo, hi = events[0]
-    return {**item, "frames": frames, "events": events, "peak": peak, "lo": lo, "hi": hi}
 
 
 def augment(x: torch.Tensor, rng: np.random.Generator, flip: bool, shift: float, light: float) -> torch.Tensor:

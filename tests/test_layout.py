@@ -29,7 +29,7 @@ BELONGS = {  # folder -> the modules that live there
         clip_adapter fsgr m2_transformer caption_decoding lite_dfpn sam_prompt_encoder prompt_fusion streaming_memory
         fastsam2 sparse_conv res16unet scene_memory tiny_sa bifusion esam instance_merge sa2va vessel_unet convert_sa2va
         matching mask_losses mlp""",
-    "data": """video peak_files peak_labels rally ball_labels rendered_ball coco_captions caption_vocab coco_panoptic
+    "data": """video video_index peak_files peak_labels cutaways rally rally_play rally_pictures ball_labels rendered_ball coco_captions caption_vocab coco_panoptic
         coco_instances sa1b refcoco cityscapes davis ytvis vipseg moving_shapes task_mixture rgbd_folder scannet
         superpoints rooms vessels referring_manifest check_dataset""",
     "utils": "run weights masks overlay plots",

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from data.peak_labels import PeakClips, augment, find_video, splice
+from data.peak_labels import PeakClips, augment, find_video
 from data.video import VideoReader, VideoWriter
 from utils.run import StepBatches, UserError
 
@@ -213,51 +213,37 @@ def test_augmentation_leaves_labels_alone(folder):
         assert not torch.equal(a["frames"], b["frames"])
 
 
-# ---- splice: a scene cut
+# ---- splice: a cut to another scene
 
 
-def part(value: int, events: list[list[int]], length: int = T) -> dict:
-    table = torch.full((3, 4), -1)
-    for k, row in enumerate(events):
-        table[k] = torch.tensor(row)
-    peak, _, lo, hi = table[0]
-    frames = torch.full((T, 3, 2, 2), value, dtype=torch.uint8)
-    return {"frames": frames, "length": torch.tensor(length), "events": table, "peak": peak, "lo": lo, "hi": hi}
+def test_cut_clips_keep_the_events_that_are_still_seen(folder, monkeypatch):
+    """With hard cuts to black: an event stays exactly where the picture of its frame is the game's."""
+
+    def hard(T, H, W, cut, first, rng):
+        shown = (torch.arange(T) < cut).float()[:, None, None, None]
+        return shown if first else 1 - shown
+
+    monkeypatch.setattr("data.peak_labels.transition", hard)
+    monkeypatch.setattr("data.peak_labels.cutaway", lambda clip, rng: torch.zeros_like(clip))
+    data = clips(folder, augment=True, splice=1.0, flip=False, shift=0.0, light=0.0, events=1.0)
+    data.empty = data.empty[:0]  # black is the only other scene
+    gone = kept = 0
+    for i in range(40):
+        item, whole = data[0, i], data.clip(0, int(data[0, i]["start"]))
+        assert set(item) == set(whole) and item["frames"].dtype == torch.uint8
+        same_picture = (item["frames"] == whole["frames"]).flatten(1).all(1)  # (T,)
+        assert rows(item) == [r for r in rows(whole) if same_picture[r[0]]]
+        kept, gone = kept + len(rows(item)), gone + len(rows(whole)) - len(rows(item))
+        first = rows(item)[0] if rows(item) else [-1] * 4
+        assert [int(item[k]) for k in ("peak", "lo", "hi")] == [first[0], first[2], first[3]]
+    assert kept >= 5 and gone >= 10
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_splice_keeps_the_events_of_its_side(first):
-    item, other = part(1, [[3, 1, 2, 4], [9, 2, 9, 9]]), part(2, [])
-    for cut in range(1, T):
-        got = splice(item, other, cut, first)
-        mine = range(cut) if first else range(cut, T)
-        assert [int(f.max()) for f in got["frames"]] == [1 if t in mine else 2 for t in range(T)]
-        kept = [r for r in ([3, 1, 2, 4], [9, 2, 9, 9]) if r[0] in mine]
-        assert rows(got) == kept and got["events"].shape == (3, 4)
-        top = kept[0] if kept else [-1] * 4
-        assert [int(got[k]) for k in ("peak", "lo", "hi")] == [top[0], top[2], top[3]]
-        assert set(got) == set(item)
-    assert rows(item) == [[3, 1, 2, 4], [9, 2, 9, 9]] and (item["frames"] == 1).all()  # the inputs stay as they are
-
-
-def test_splice_leaves_padded_clips_alone():
-    item = part(1, [[3, 1, 2, 4]], length=9)
-    assert splice(item, part(2, []), 5, True) is item
-    assert splice(part(1, [[3, 1, 2, 4]]), part(2, [], length=9), 5, True)["frames"].max() == 1
-
-
-def test_splice_only_while_augmenting(folder):
+def test_cuts_only_while_augmenting_and_never_in_padded_clips(folder):
     plain, asked = clips(folder), clips(folder, splice=1.0)
     assert all(same(plain[i], asked[i]) for i in range(8))
-    data = clips(folder, augment=True, splice=1.0, flip=False, shift=0.0, light=0.0, events=1.0)
-    cut = 0
-    for i in range(20):
-        item, whole = data[0, i], data.clip(0, int(data[0, i]["start"]))
-        kept = (item["frames"] == whole["frames"]).flatten(1).all(1)  # (T,) frames that come from this place
-        wanted = [r for r in rows(whole) if kept[r[0]]]
-        assert rows(item) == wanted
-        cut += len(wanted) < len(rows(whole))
-    assert cut >= 3  # some cuts remove the event
+    short = clips(folder, names=("short",), augment=True, splice=1.0, flip=False, shift=0.0, light=0.0, events=1.0)
+    assert same(short[0, 3], clips(folder, names=("short",), events=1.0)[0])
 
 
 # ---- refusals

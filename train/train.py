@@ -87,7 +87,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--crop", default=None, metavar="X,Y,W,H", help="pixels of the video to cut out before resizing")
     g.add_argument("--no-augment", action="store_true", help="clips as they are: no mirror, shift, light")
     g.add_argument("--no-flip", action="store_true", help="never mirror (for classes that know left and right)")
-    g.add_argument("--splice", type=float, default=0.0, help="share of the clips that get a cut to an empty scene")
+    g.add_argument(
+        "--splice", type=float, default=0.0, help="share of the clips that are cut to a scene without events"
+    )
     g.add_argument("--level", default="easy", choices=["easy", "hard"], help="difficulty of rendered rallies")
     g.add_argument("--shuffle-frames", action="store_true", help="control: rally clips with their frames permuted")
     g = p.add_argument_group("model")
@@ -239,7 +241,7 @@ def evaluate(model, val_set, val_items, args, r) -> dict:
     model.train()
     count = len(errors) or math.nan  # no clip with a peak: no frame error to average
     acc = {f"acc@{k}": sum(e <= k for e in errors) / count for k in (0, 1)}
-    return {"val_loss": loss / n, **acc, "MAE": sum(errors) / count, "score": acc["acc@1"]}
+    return {"val_loss": loss / n, **acc, "MAE": sum(errors) / count, "n": len(errors), "score": acc["acc@1"]}
 
 
 @torch.no_grad()
