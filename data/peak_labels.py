@@ -4,6 +4,7 @@ The videos are read as they are (mp4, no extraction of pictures); the labels are
 Crop and resize happen while decoding. An item is a function of (seed, epoch, index) alone.
 """
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from data.cutaways import cutaway, transition
-from data.video import VideoReader, iter_frames
+from data.video import VideoInfo, VideoReader, iter_frames
 from data.video_index import check_geometry
 from utils.run import UserError
 
@@ -62,10 +63,12 @@ class PeakClips(Dataset):
         self.recent: list[int] = []
         self.store: dict[int, np.ndarray] = {}
         self.bounds, self.events = [], []  # per video: (first, stop), events as an array (E, 4) in video frames
+        self.infos: list[VideoInfo] = []
         self.crops, self.crop_of = [], crop_of  # crop_of: W, H whose pixels `crop` counts (None: of the first video)
         for item, path in zip(labels, self.paths, strict=True):
             with VideoReader(path) as reader:
                 count, video_size = len(reader), (reader.info.width, reader.info.height)
+                self.infos.append(reader.info)
             self.crop_of = self.crop_of or video_size
             self.crops.append(scale_crop(crop, self.crop_of, video_size))
             check_geometry(reader.info, size, self.crops[-1])
@@ -150,8 +153,11 @@ class PeakClips(Dataset):
         frames, T = item["frames"], len(item["frames"])
         if item["length"] < T:
             return item
-        if len(self.empty) and rng.random() < 0.4:
+        kind = rng.random()
+        if kind < 0.3 and len(self.empty):
             other = self.clip(*map(int, self.empty[rng.integers(len(self.empty))]), rng)["frames"]
+        elif kind < 0.65:
+            other = self._detail(rng)
         else:
             other = cutaway(frames, rng)
         cut, first = int(rng.integers(1, T)), bool(rng.random() < 0.5)
@@ -167,6 +173,21 @@ class PeakClips(Dataset):
         events[: int(stays.sum())] = item["events"][stays]
         peak, _, lo, hi = events[0]
         return {**item, "frames": mixed, "events": events, "peak": peak, "lo": lo, "hi": hi}
+
+    def _detail(self, rng: np.random.Generator) -> torch.Tensor:
+        """T frames of a small part of a whole picture, at least 1.7 times as large as the model sees the game."""
+        v = int(rng.integers(len(self.paths)))
+        info, (first, stop) = self.infos[v], self.bounds[v]
+        whole = self.crops[v] or (0, 0, info.width, info.height)
+        w = max(8, round(whole[2] * rng.uniform(0.12, 0.6)))
+        h = min(info.height, max(8, round(w * self.size[1] / self.size[0])))
+        x, y = int(rng.integers(info.width - w + 1)), int(rng.integers(info.height - h + 1))
+        start = int(rng.integers(first, max(first, stop - self.T) + 1))
+        pictures = iter_frames(self.paths[v], size=self.size, crop=(x, y, w, h), threads=1, start=start, stop=stop)
+        images = [frame.image for frame in itertools.islice(pictures, self.T)]
+        images += [images[-1]] * (self.T - len(images))
+        out = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (T, 3, H, W)
+        return augment(out, rng, self.flip, self.shift, self.light)
 
     def _frames(self, v: int, start: int, stop: int) -> np.ndarray:
         """uint8 (N, H, W, 3), from memory where the whole set fits into cache_gb, else by random access."""
