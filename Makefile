@@ -40,7 +40,7 @@ LAB_SHARED ?= ../shared
 R := $(LAB_SHARED)/data/tempopeak
 RALLY_LABELS := $(R)/annotations/tennis_rally_first_1500.json $(R)/annotations/tennis_no_event_tail.json
 RALLY := --crop 90,150,470,170 --size 112x40 --input graydiff --encoder tiny --shift tsm --head bimamba2 \
-  --dropout 0.3 --lr 2e-3 --splice 0.3 --steps 900
+  --dropout 0.3 --lr 2e-3 --splice 0.4 --steps 1000
 
 rally: setup
 	rm -rf runs/rally
