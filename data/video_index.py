@@ -158,7 +158,10 @@ class Decoder:
                 raise Mismatch("its data is incomplete")
             found = found or packet.pts == key_pts
             if found and (seek is None or packet.pts is None or packet.pts >= key_pts):
-                yield from packet.decode()
+                for picture in packet.decode():
+                    if picture.is_corrupt:
+                        raise Mismatch("its data is damaged")
+                    yield picture
 
     def image(self, picture: av.VideoFrame, size, crop, orientation) -> np.ndarray:
         """picture -> uint8 (H, W, 3) after crop (x, y, w, h displayed px), size (W, H) and turning."""
