@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import types
 from collections import Counter
 from types import SimpleNamespace
 
@@ -486,3 +487,17 @@ def test_finish_prints_the_row_and_appends_it_when_asked(checkout, capsys):
     run.finish(on_cpu(), args, "Second", "acc 1.0")
     added = [line for line in (checkout / "LOG.md").read_text().splitlines() if line not in LOG.splitlines()]
     assert len(added) == 1 and "| does it hold |" in added[0] and added[0].endswith("| acc 1.0 |")
+
+
+def test_a_signal_during_the_agreement_is_not_lost(monkeypatch):
+    """SIGTERM mostly arrives while a rank waits for the others: it must count at the next step, on every rank."""
+    r = types.SimpleNamespace(ddp=True, control=None, stop_asked=False)
+    sent = []
+
+    def all_reduce(flag, op, group):
+        sent.append(int(flag))
+        r.stop_asked = True  # what the handler does, after the flag has been sent
+
+    monkeypatch.setattr(run.dist, "all_reduce", all_reduce)
+    assert run.should_stop(r) is False and r.stop_asked
+    assert run.should_stop(r) is True and sent == [0, 1]

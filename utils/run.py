@@ -199,7 +199,8 @@ def should_stop(r: SimpleNamespace) -> bool:
     if r.ddp:
         flag = torch.tensor(int(r.stop_asked))
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=r.control)
-        r.stop_asked = bool(flag)
+        r.stop_asked = r.stop_asked or bool(flag)  # a signal that came during the all_reduce counts at the next step
+        return bool(flag)
     return r.stop_asked
 
 
