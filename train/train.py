@@ -323,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
         opt.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         step, best = state["step"], state["best"]
-    if r.main and restart:
+    if restart:  # on every rank, before each looks whether the folder is free; rank 0 writes only after DDP has met
         (Path(args.out) / "metrics.jsonl").unlink(missing_ok=True)
     out = run.open_folder(r, args)
     if r.main:

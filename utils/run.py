@@ -347,14 +347,13 @@ def save_checkpoint(
             (tmp / "model.safetensors").write_bytes(save(tensors))
             (tmp / "state.pt").write_bytes(packed.getbuffer())
             (tmp / "config.json").write_text(text, encoding="utf-8")
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
-    aside = out / f".tmp-old-{folder.name}"
-    if folder.exists():  # the same step, saved before a resume
-        os.rename(folder, aside)
-    os.rename(tmp, folder)
-    shutil.rmtree(aside, ignore_errors=True)
+        aside = out / f".tmp-old-{folder.name}"
+        if folder.exists():  # the same step, saved before a resume
+            os.rename(folder, aside)
+        os.rename(tmp, folder)
+        shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)  # still there only if something above failed
     for name in ["last", "best"] if best else ["last"]:
         link = out / f".tmp-link-{name}"
         link.unlink(missing_ok=True)
