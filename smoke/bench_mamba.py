@@ -35,7 +35,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument(
         "--impl",
         default="auto",
-        choices=["auto", "torch", "mamba_ssm"],
+        choices=["auto", "torch", "reference", "mamba_ssm"],
         help="Mamba2 implementation: auto takes the CUDA kernels where they import, else torch",
     )
     p.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default 1)")

@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--head", default="bimamba2", choices=HEADS, help="head over time")
     p.add_argument("--size", type=int, default=48, help="pixels to each side of a frame")
     p.add_argument("--lr", type=float, default=5e-4, help="constant learning rate")
-    p.add_argument("--impl", default="auto", choices=["auto", "torch", "mamba_ssm"],
+    p.add_argument("--impl", default="auto", choices=["auto", "torch", "reference", "mamba_ssm"],
                    help="Mamba2 implementation: auto takes the CUDA kernels where they import, else torch")  # fmt: skip
     p.add_argument("--log", default=None, metavar="WHY", help="reason for this run; appends the result row to LOG.md")
     return p.parse_args(argv)

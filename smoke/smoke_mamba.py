@@ -28,7 +28,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument(
         "--impl",
         default="auto",
-        choices=["auto", "torch", "mamba_ssm"],
+        choices=["auto", "torch", "reference", "mamba_ssm"],
         help="Mamba2 implementation: auto takes the CUDA kernels where they import, else torch",
     )
     p.add_argument("--log", default=None, metavar="WHY", help="reason for this run; appends the result row to LOG.md")

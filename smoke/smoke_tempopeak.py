@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--batch-size", type=int, default=2, help="clips per process and step")
     p.add_argument("--size", type=int, default=64, help="pixels to each side of a frame")
     p.add_argument("--repeats", type=int, default=5, help="timed forwards; the median is printed")
-    p.add_argument("--impl", default="auto", choices=["auto", "torch", "mamba_ssm"],
+    p.add_argument("--impl", default="auto", choices=["auto", "torch", "reference", "mamba_ssm"],
                    help="Mamba2 implementation: auto takes the CUDA kernels where they import, else torch")  # fmt: skip
     p.add_argument("--log", default=None, metavar="WHY", help="reason for this run; appends the result row to LOG.md")
     return p.parse_args(argv)

@@ -25,7 +25,7 @@ TOP_LEVEL = {
     "pyproject.toml", ".ci", ".gitignore", ".gitattributes", ".pre-commit-config.yaml",
 }  # fmt: skip
 BELONGS = {  # folder -> the modules that live there
-    "models": """mamba2 temporal_heads temporal_shift tempopeak sgp sliding_windows sam3_tracker ball_motion clip
+    "models": """ssd mamba2 mamba2_fused temporal_heads temporal_shift tempopeak sgp sliding_windows sam3_tracker ball_motion clip
         clip_adapter fsgr m2_transformer caption_decoding lite_dfpn sam_prompt_encoder prompt_fusion streaming_memory
         fastsam2 sparse_conv res16unet scene_memory tiny_sa bifusion esam instance_merge sa2va vessel_unet convert_sa2va
         matching mask_losses mlp""",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import mamba2
+from models import ssd
 from models.mamba2 import Mamba2, describe_impl, resolve_impl, ssd_scan
 from utils import run
 from utils.run import UserError
@@ -163,7 +163,7 @@ def test_gradcheck():
 @pytest.mark.parametrize("decay_dtype", [torch.float64, torch.float32])
 def test_strong_decay_is_finite_and_exact(monkeypatch, decay_dtype):
     """|dt A| up to 1e4 in float32, also on the path of devices without float64."""
-    monkeypatch.setitem(mamba2.DECAY_DTYPE, "cpu", decay_dtype)
+    monkeypatch.setitem(ssd.DECAY_DTYPE, "cpu", decay_dtype)
     inputs = scan_inputs(T=50, dtype=torch.float32)
     inputs["A"] = torch.tensor([-1e4, -1e3, -30.0, -1e-3])
     inputs["dt"][:, ::2] = -12.0  # tiny steps between large ones: small differences of large sums
@@ -377,7 +377,7 @@ def test_an_explicit_impl_is_obeyed_or_refused():
     assert "Mamba2 impl torch (the kernels need CUDA" in describe_impl("auto", cpu)
     with pytest.raises(UserError, match="--impl mamba_ssm: the kernels need CUDA, this is cpu"):
         make(impl="mamba_ssm")(torch.zeros(1, 3, 16, dtype=torch.float64))
-    with pytest.raises(UserError, match="--impl triton: .*expected one of auto, torch, mamba_ssm"):
+    with pytest.raises(UserError, match="--impl triton: .*expected one of auto, torch, reference, mamba_ssm"):
         resolve_impl("triton", cpu)
     with pytest.raises(ValueError, match="'fast'"):
         make(impl="fast")
@@ -391,19 +391,19 @@ def fake_package(folder, monkeypatch, init: str, kernel: str, version: str):
     (folder / f"mamba_ssm-{version}.dist-info").mkdir()
     (folder / f"mamba_ssm-{version}.dist-info/METADATA").write_text(f"Name: mamba_ssm\nVersion: {version}\n")
     monkeypatch.syspath_prepend(str(folder))
-    mamba2._forget_mamba_ssm()
-    mamba2.load_kernel.cache_clear()
-    mamba2._choose_impl.cache_clear()
+    ssd._forget_mamba_ssm()
+    ssd.load_kernel.cache_clear()
+    ssd._choose_impl.cache_clear()
 
 
 @pytest.fixture
 def clean_kernel_cache():
-    before = mamba2._forget_mamba_ssm()
+    before = ssd._forget_mamba_ssm()
     yield
-    mamba2._forget_mamba_ssm()
-    mamba2.sys.modules.update(before)
-    mamba2.load_kernel.cache_clear()
-    mamba2._choose_impl.cache_clear()
+    ssd._forget_mamba_ssm()
+    ssd.sys.modules.update(before)
+    ssd.load_kernel.cache_clear()
+    ssd._choose_impl.cache_clear()
 
 
 KERNEL = "def mamba_chunk_scan_combined(): pass"
@@ -412,7 +412,7 @@ KERNEL = "def mamba_chunk_scan_combined(): pass"
 def test_kernels_import_without_the_compiled_extension(tmp_path, monkeypatch, clean_kernel_cache):
     """Released wheels fail in __init__ when their CUDA extension is absent; the kernels are found all the same."""
     fake_package(tmp_path, monkeypatch, "import no_such_extension_abc", KERNEL, "2.3.2.post1")
-    assert mamba2.load_kernel().__name__ == "mamba_chunk_scan_combined"
+    assert ssd.load_kernel().__name__ == "mamba_chunk_scan_combined"
     assert resolve_impl("auto", torch.device("cuda")) == "mamba_ssm"
     assert resolve_impl("auto", torch.device("cuda"), torch.float64) == "torch"
 
@@ -427,7 +427,7 @@ def test_unusable_kernels_say_why(tmp_path, monkeypatch, clean_kernel_cache, ker
     assert resolve_impl("auto", torch.device("cuda")) == "torch"
     with pytest.raises(UserError, match="--impl mamba_ssm: mamba_ssm 2"):
         resolve_impl("mamba_ssm", torch.device("cuda"))
-    assert not [name for name in mamba2.sys.modules if name.startswith("mamba_ssm")]
+    assert not [name for name in ssd.sys.modules if name.startswith("mamba_ssm")]
 
 
 def test_compiles_without_graph_break():

@@ -101,7 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--shift", default="none", choices=SHIFTS, help="temporal shift inside the encoder's blocks")
     g.add_argument("--head", default="bimamba2", choices=HEADS, help="head over time")
     g.add_argument("--head-layers", type=int, default=1, help="layers of the head")
-    g.add_argument("--impl", default="auto", choices=["auto", "torch", "mamba_ssm"],
+    g.add_argument("--impl", default="auto", choices=["auto", "torch", "reference", "mamba_ssm"],
                    help="Mamba2 implementation: auto takes the CUDA kernels where they import, else torch")  # fmt: skip
     g = p.add_argument_group("loss and optimizer")
     g.add_argument(
