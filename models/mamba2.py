@@ -32,6 +32,7 @@ from models.ssd import (
     at_least_float32,
     check_shapes,
     discretise,
+    no_autocast,
     number_segments,
     resolve_impl,
     scan,
@@ -48,8 +49,12 @@ class GatedRMSNorm(nn.RMSNorm):
     def forward(self, y: torch.Tensor, z: torch.Tensor, group_size: int, norm_before_gate: bool) -> torch.Tensor:
         work = at_least_float32(y)
         y, gate = y.to(work), F.silu(z.to(work))
-        groups = (y if norm_before_gate else y * gate).unflatten(-1, (-1, group_size))  # (..., G, C/G)
-        y = F.rms_norm(groups, (group_size,), eps=self.eps).flatten(-2) * self.weight
+        y, weight = y if norm_before_gate else y * gate, self.weight.to(work)
+        if group_size == y.shape[-1]:
+            y = F.rms_norm(y, (group_size,), weight, self.eps)
+        else:
+            groups = y.view(*y.shape[:-1], y.shape[-1] // group_size, group_size)  # (..., G, C/G)
+            y = F.rms_norm(groups, (group_size,), eps=self.eps).view_as(y) * weight
         return y * gate if norm_before_gate else y
 
 
@@ -211,9 +216,10 @@ class Mamba2(nn.Module):
         conv_state, ssm_state = state or (None, None)
         segment = None if seq_idx is None or u.shape[1] == 0 else number_segments(seq_idx, valid)
         z0, x0, z, xBC, dt = self._project(u)
-        rows = self._with_inputs_before(xBC, conv_state)
-        x, B, C = self._split_xbc(F.silu(self._convolve(rows, segment)))
-        with torch.autocast(u.device.type, enabled=False):
+        # the kernels take x, B, C in autocast's dtype; here everything up to the gate is float32 or wider
+        rows = self._with_inputs_before(xBC if impl == "mamba_ssm" else xBC.to(at_least_float32(xBC)), conv_state)
+        with no_autocast(u.device.type):
+            x, B, C = self._split_xbc(F.silu(self._convolve(rows, segment)))
             dt = discretise(dt, self.dt_bias, True, self.dt_limit)  # (B, T, H)
             dt = dt if valid is None else dt.masked_fill(~valid[..., None], 0)  # padding leaves the state as it is
             A, D = self._decay_and_skip()
@@ -228,21 +234,23 @@ class Mamba2(nn.Module):
 
     def step(self, hidden_states: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor):
         """One token (B, 1, d_model) and the states before it -> (B, 1, d_model) and, as new tensors, those after it."""
+        b, G, H, P, N = len(hidden_states), self.ngroups, self.nheads, self.headdim, self.d_state
         z0, x0, z, xBC, dt = self._project(hidden_states.squeeze(1))  # (B, ..)
-        rows = torch.cat([conv_state.mT, xBC[:, None].to(conv_state.dtype)], 1)  # (B, k+1, xbc_dim)
-        xBC = F.silu(self._convolve(rows, None))[:, 0]
-        x, B, C = self._split_xbc(xBC.to(ssm_state.dtype))  # (B, H, P), (B, G, N), (B, G, N)
-        with torch.autocast(xBC.device.type, enabled=False):
+        conv_state = torch.cat([conv_state[..., 1:], xBC[..., None].to(conv_state.dtype)], 2)  # (B, C, k)
+        with no_autocast(xBC.device.type):
+            # one product per channel, (B, k) (k, 1): a call of conv1d takes ten times longer to set up
+            xBC = torch.bmm(conv_state.transpose(0, 1), self.conv1d.weight.to(conv_state.dtype).mT)  # (C, B, 1)
+            xBC = xBC[..., 0].mT if self.conv1d.bias is None else xBC[..., 0].mT + self.conv1d.bias
+            x, B, C = F.silu(xBC).contiguous().to(ssm_state.dtype).split([self.d_ssm, G * N, G * N], -1)
             dt = discretise(dt, self.dt_bias, True, self.dt_limit)  # (B, H)
             A, D = self._decay_and_skip()
-            new = (x * dt[..., None]).unflatten(1, (self.ngroups, -1))[..., None] * B[
-                :, :, None, None
-            ]  # (B, G, R, P, N)
-            ssm_state = ssm_state * torch.exp(dt * A)[..., None, None] + new.flatten(1, 2)  # (B, H, P, N)
-            y = ssm_state.unflatten(1, (self.ngroups, -1)).flatten(2, 3) @ C[..., None]  # (B, G, R*P, 1)
-            y = y.view_as(x) + x * (D if D.ndim == 2 else D[:, None])
-        out = self._gate_and_project(y.flatten(1).to(z.dtype), z0, x0, z).to(hidden_states.dtype)
-        return out[:, None], rows[:, 1:].mT, ssm_state
+            x = x.view(b, H, P)
+            new = (x * dt[..., None]).view(b, G, H // G, P, 1) * B.view(b, G, 1, 1, N)  # (B, G, R, P, N)
+            ssm_state = torch.addcmul(new.view_as(ssm_state), ssm_state, torch.exp(dt * A)[..., None, None])
+            y = torch.bmm(ssm_state.view(b * G, -1, N), C.reshape(b * G, N, 1))  # (B G, R P, 1)
+            y = torch.addcmul(y.view(b, H, P), x, D if D.ndim == 2 else D[:, None]).view(b, H * P)
+        out = self._gate_and_project(y.to(z.dtype), z0, x0, z).to(hidden_states.dtype)
+        return out[:, None], conv_state, ssm_state
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int = 0, dtype: torch.dtype | None = None):
         """Zero conv_state (B, xbc_dim, k) and ssm_state (B, H, P, N), float32 or wider; max_seqlen changes nothing."""
@@ -265,8 +273,9 @@ class Mamba2(nn.Module):
         return torch.arange(T, device=u.device) < lengths.to(u.device)[:, None]
 
     def _project(self, u: torch.Tensor):
-        """u (..., d_model) -> z0, x0 (..., d_mlp), z (..., d_ssm), xBC (..., d_ssm + 2 G N), dt (..., H)"""
-        return self.in_proj(u).split([self.d_mlp, self.d_mlp, self.d_ssm, self.xbc_dim, self.nheads], dim=-1)
+        """u (..., d_model) -> z0, x0 (..., d_mlp) or None, z (..., d_ssm), xBC (..., d_ssm + 2 G N), dt (..., H)"""
+        zxbcdt, mlp, rest = self.in_proj(u), [self.d_mlp, self.d_mlp], [self.d_ssm, self.xbc_dim, self.nheads]
+        return zxbcdt.split(mlp + rest, dim=-1) if self.d_mlp else (None, None, *zxbcdt.split(rest, dim=-1))
 
     def _split_xbc(self, xBC: torch.Tensor):
         """(..., d_ssm + 2 G N) -> x (..., H, P), B and C (..., G, N)"""
@@ -280,7 +289,8 @@ class Mamba2(nn.Module):
 
     def _convolve(self, rows: torch.Tensor, segment: torch.Tensor | None) -> torch.Tensor:
         """Causal depthwise convolution: rows (B, k+T, C), the k inputs before first -> (B, T, C)."""
-        weight, bias = self.conv1d.weight, self.conv1d.bias  # (C, 1, k), (C,)
+        weight = self.conv1d.weight.to(rows.dtype)  # (C, 1, k)
+        bias = None if self.conv1d.bias is None else self.conv1d.bias.to(rows.dtype)  # (C,)
         if segment is None:  # a channels-last image of height 1: no copy, and several times faster than conv1d
             image = rows.mT[:, :, None]  # (B, C, 1, k+T)
             return F.conv2d(image, weight[:, :, None], bias, groups=self.xbc_dim)[:, :, 0, 1:].mT
@@ -290,7 +300,7 @@ class Mamba2(nn.Module):
         for i in range(k):
             same = owner[:, i + 1 : i + 1 + T] == segment  # (B, T)
             out = out + rows[:, i + 1 : i + 1 + T].masked_fill(~same[..., None], 0) * weight[:, 0, i]
-        return out.to(rows.dtype)
+        return out
 
     def _last_inputs(self, rows, segment, valid) -> torch.Tensor:
         """conv_state (B, C, k) of rows (B, k+T, C): the last k valid inputs, zero before the last segment's start."""

@@ -8,6 +8,7 @@ Shapes: B batch, T time, H heads, P channels of a head (headdim), G groups, N st
 R = H/G heads of a group. Parity: state-spaces/mamba mamba_ssm/ops/triton/ssd_combined.py@e9594ce.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -120,7 +121,7 @@ def ssd_scan(
     if H % G or chunk_size < 1:
         raise ValueError(f"ssd_scan: {G} groups must divide {H} heads, and chunk_size {chunk_size} be at least 1")
     segment = None if seq_idx is None or T == 0 else number_segments(seq_idx)
-    with torch.autocast(x.device.type, enabled=False):  # precision is chosen here, not by the caller's autocast
+    with no_autocast(x.device.type):  # precision is chosen here, not by the caller's autocast
         step_size = discretise(dt, dt_bias, dt_softplus, dt_limit)
         y, state = scan(x, step_size, A, B, C, D, initial_states, segment, chunk_size, return_final_states, impl)
         if z is not None:
@@ -147,6 +148,12 @@ def number_segments(seq_idx: torch.Tensor, valid: torch.Tensor | None = None) ->
     starts = torch.zeros_like(seq_idx, dtype=torch.bool)
     starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
     return (starts if valid is None else starts & valid).cumsum(1)
+
+
+def no_autocast(device_type: str):
+    """Context without autocast; entering a real one costs as much as five small operations."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else contextlib.nullcontext()
 
 
 def at_least_float32(t: torch.Tensor) -> torch.dtype:

@@ -1,14 +1,22 @@
-"""Time Mamba2 against the torch path of transformers' Mamba2Mixer, same weights, interleaved in one process.
+"""Time Mamba2 beside its peers in one process: transformers' torch path with the same weights, GRU, Transformer layer.
 
-python smoke/bench_mamba.py                                            # 1 min on one core
-python smoke/bench_mamba.py --shapes 1,8192,256 --repeats 9
-python smoke/bench_mamba.py --device cuda --dtype bf16 --impl mamba_ssm
+python smoke/bench_mamba.py                                            # all shapes, one thread: 12 min
+python smoke/bench_mamba.py --shapes 8,64,128 1,1024,256 --threads 1 2
+python smoke/bench_mamba.py --device cuda --dtype bf16 --impl mamba_ssm --shapes 8,64,128
 
-CPU figures are process time (use one thread: several threads spin while they wait), CUDA figures are wall time with
-synchronisation. The ratio says how many times faster ours is than transformers at chunk 256, its default, and 64.
+Candidates take turns; figures are medians, of process time with one CPU thread and of wall time otherwise (several
+threads spin while they wait). A last column per table says how many times ours the candidate takes.
+    hf256, hf64   transformers' Mamba2Mixer at chunk 256, its default, and at 64, its fastest
+    reference     our block as composed operations under autograd (--impl reference)
+    steps         our block token by token, up to T = 1024
+    2 dirs        BiMamba2 of the same width, the sum of two blocks
+    biGRU         bidirectional nn.GRU of the same output width
+    attention     nn.TransformerEncoderLayer, 64 channels per head, 4 D in its middle
+Memory: smoke/bench_mamba_memory.py. CUDA in detail: smoke/bench_mamba_cuda.py.
 """
 
 import argparse
+import functools
 import inspect
 import sys
 import time
@@ -16,13 +24,18 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn as nn
 import transformers
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repo root, so our packages import from anywhere
 from models.mamba2 import Mamba2, describe_impl
+from models.temporal_heads import BiMamba2
 from utils import run
+
+SHAPES = ["8,64,128", "2,64,512", "1,1024,256", "1,8192,256", "1,32768,256"]
+FORWARD_ONLY = 16384  # from this many steps on
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -38,16 +51,14 @@ def parse_args(argv=None) -> argparse.Namespace:
         choices=["auto", "torch", "reference", "mamba_ssm"],
         help="Mamba2 implementation: auto takes the CUDA kernels where they import, else torch",
     )
-    p.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default 1)")
-    p.add_argument(
-        "--repeats", type=int, default=21, help="timed calls of each candidate, after 3 warm-ups (default 21)"
-    )
+    p.add_argument("--threads", type=int, nargs="+", default=[1], help="CPU threads of torch, a table each (default 1)")
+    p.add_argument("--seconds", type=float, default=20, help="for each shape and pass, at least 5 rounds (default 20)")
     p.add_argument(
         "--shapes",
         nargs="+",
-        default=["8,64,128", "2,64,512", "1,1024,256"],
+        default=SHAPES,
         metavar="B,T,D",
-        help="batch, steps, width; D a multiple of 32 (default 8,64,128 2,64,512 1,1024,256)",
+        help="batch, steps, width; D a multiple of 64 (default: five shapes from 8,64,128 to 1,32768,256)",
     )
     p.add_argument("--log", default=None, metavar="WHY", help="reason for this run; appends the result row to LOG.md")
     return p.parse_args(argv)
@@ -56,24 +67,32 @@ def parse_args(argv=None) -> argparse.Namespace:
 def parse_shape(text: str) -> tuple[int, int, int]:
     """ "8,64,128" -> (8, 64, 128)"""
     parts = text.split(",")
-    if len(parts) != 3 or not all(x.isdigit() and int(x) > 0 for x in parts) or int(parts[2]) % 32:
+    if len(parts) != 3 or not all(x.isdigit() and int(x) > 0 for x in parts) or int(parts[2]) % 64:
         raise run.UserError(
-            f"--shapes {text}: expected B,T,D, positive integers with D a multiple of 32, as in 8,64,128"
+            f"--shapes {text}: expected B,T,D, positive integers with D a multiple of 64, as in 8,64,128"
         )
     return int(parts[0]), int(parts[1]), int(parts[2])
 
 
-def make_mixer(block: Mamba2, chunk_size: int) -> Mamba2Mixer:
-    """transformers' block with our block's weights."""
-    config = transformers.Mamba2Config(
+# ---- candidates
+
+
+def make_config(block: Mamba2, chunk_size: int) -> transformers.Mamba2Config:
+    """transformers' name for what our block is"""
+    return transformers.Mamba2Config(
         hidden_size=block.d_model,
         num_heads=block.nheads,
         head_dim=block.headdim,
         state_size=block.d_state,
         n_groups=block.ngroups,
         chunk_size=chunk_size,
+        num_hidden_layers=1,
     )
-    mixer = Mamba2Mixer(config, layer_idx=0).to(block.D.device)
+
+
+def make_mixer(block: Mamba2, chunk_size: int) -> Mamba2Mixer:
+    """transformers' block with our block's weights"""
+    mixer = Mamba2Mixer(make_config(block, chunk_size), layer_idx=0).to(block.D.device)
     mixer.load_state_dict(block.state_dict(), strict=True)
     return mixer
 
@@ -83,60 +102,154 @@ def torch_path():
 
     Outside it calls wrappers around them, which take the kernels where mamba_ssm or causal_conv1d import.
     """
-    names = ("causal_conv1d_fn", "mamba2_split_conv1d_scan_combined", "mamba2_chunk_scan")
+    names = ("causal_conv1d_fn", "causal_conv1d_update", "mamba2_split_conv1d_scan_combined", "mamba2_chunk_scan")
+    names += ("mamba2_selective_state_update",)
     functions = {name: inspect.unwrap(getattr(modeling_mamba2, name)) for name in names}
     assert all(inspect.getfile(f) == modeling_mamba2.__file__ for f in functions.values()), functions
     return mock.patch.multiple(modeling_mamba2, **functions)
 
 
-def call(block: torch.nn.Module, u: torch.Tensor, backward: bool) -> None:
+class StepByStep(nn.Module):
+    """The recurrence one token after the other: (B, T, D) -> (B, T, D)"""
+
+    def __init__(self, block: Mamba2):
+        super().__init__()
+        self.block = block
+
+    def forward(self, u):
+        state, out = self.block.allocate_inference_cache(len(u)), []
+        for token in u.split(1, 1):
+            y, *state = self.block.step(token, *state)
+            out.append(y)
+        return torch.cat(out, 1)
+
+
+def candidates(shape: tuple[int, int, int], impl: str, device: torch.device) -> dict[str, nn.Module]:
+    _, T, D = shape
+    ours, reference, both = Mamba2(D, impl=impl), Mamba2(D, impl="reference"), BiMamba2(D, impl=impl)
+    for block in (reference, both.fwd, both.bwd):
+        block.load_state_dict(ours.state_dict(), strict=True)
+    blocks = {"ours": ours, "hf256": make_mixer(ours, 256), "hf64": make_mixer(ours, 64), "reference": reference}
+    if T <= 1024:
+        blocks["steps"] = StepByStep(reference)
+    blocks["2 dirs"] = both
+    blocks["biGRU"] = nn.GRU(D, D // 2, bidirectional=True, batch_first=True)
+    blocks["attention"] = nn.TransformerEncoderLayer(D, D // 64, 4 * D, dropout=0.0, batch_first=True)
+    return {name: block.to(device) for name, block in blocks.items()}
+
+
+# ---- measurement
+
+
+def call(block: nn.Module, u: torch.Tensor, backward: bool) -> None:
     """One forward pass, or one forward and backward pass to the input and every parameter."""
     with torch.set_grad_enabled(backward):
         y = block(u)
+        y = y[0] if isinstance(y, tuple) else y
         if backward:
             torch.autograd.grad(y.float().sum(), [u, *block.parameters()])
     if u.device.type == "cuda":
         torch.cuda.synchronize(u.device)
 
 
-def interleaved_ms(blocks: list[torch.nn.Module], u: torch.Tensor, backward: bool, repeats: int) -> list[float]:
-    """Median ms of each block; the blocks take turns, so that a disturbance hits all of them."""
-    clock = time.process_time if u.device.type == "cpu" else time.perf_counter
-    times = [[] for _ in blocks]
-    for i in range(3 + repeats):
-        for block, mine in zip(blocks, times, strict=True):
+def interleaved_ms(calls: dict, seconds: float, by_process: bool) -> dict[str, float]:
+    """Median ms of each call; the calls take turns, so that a disturbance hits all of them. Two rounds warm up."""
+    clock = time.process_time if by_process else time.perf_counter
+    times, begun, rounds = {name: [] for name in calls}, time.perf_counter(), -2
+    while rounds < 5 or time.perf_counter() - begun < seconds:
+        for name, function in calls.items():
             start = clock()
-            call(block, u, backward)
-            if i >= 3:
-                mine.append(1e3 * (clock() - start))
-    return [sorted(mine)[repeats // 2] for mine in times]
+            function()
+            if rounds >= 0:
+                times[name].append(1e3 * (clock() - start))
+        rounds += 1
+    return {name: sorted(mine)[len(mine) // 2] for name, mine in times.items()}
+
+
+def show(r, label: str, ms: dict[str, float]) -> None:
+    columns = (f"{name} {value:.2f} ({value / ms['ours']:.2f}x)" for name, value in ms.items())
+    run.say(r, f"{label:20s} " + " | ".join(columns))
+
+
+def roofline(shape: tuple[int, int, int], backward: bool) -> tuple[float, float]:
+    """(GFLOP of the matrix products, MB that must pass through memory) of one call; d_state 128, chunks of 64.
+
+    Products per step: in_proj, out_proj, C B^T, M x per head, and from two chunks on B^T x and C S; three times that
+    with the backward pass. Memory: weights, u, in_proj's output, out_proj's input and the result written and read once;
+    with the backward pass also their gradients, and in_proj's output and y once more.
+    """
+    b, T, D = shape
+    d, N, Q = 2 * D, 128, min(64, T)
+    width = 2 * d + 2 * N + d // 64
+    weights = (width + d) * D
+    flops = b * T * 2 * (weights + Q * N + Q * d + (2 * N * d if T > 64 else 0))
+    floats = weights + b * T * 2 * (D + width + d)
+    more = 2 * weights + b * T * (2 * (D + width + d) + width + 2 * d)
+    return 1e-9 * flops * (3 if backward else 1), 4e-6 * (floats + (more if backward else 0))
+
+
+def measure_machine(D: int) -> tuple[float, float]:
+    """(GFLOP/s of a large float32 product of in_proj's shape, GB/s of a copy of 256 MB), best of ten"""
+    x, w, big = torch.randn(1024, D), torch.randn(D, 5 * D + 8), torch.zeros(64 << 20)
+    out, copy = x @ w, big.clone()
+    seconds = {"mm": [], "copy": []}
+    for _ in range(10):
+        for name, function in (("mm", lambda: torch.mm(x, w, out=out)), ("copy", lambda: copy.copy_(big))):
+            start = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - start)
+    return 2e-9 * x.numel() * w.shape[1] / min(seconds["mm"]), 8e-9 * big.numel() / min(seconds["copy"])
+
+
+def time_step(r, args, D: int) -> None:
+    """One token of a stream, batch 1."""
+    ours = Mamba2(D, impl=args.impl).to(r.device).eval()
+    mixer, token = make_mixer(ours, 64).eval(), torch.randn(1, 1, D, device=r.device)
+    cache, state = transformers.DynamicCache(config=make_config(ours, 64)), ours.allocate_inference_cache(1)
+    with torch.no_grad(), torch_path():
+        mixer(token, cache_params=cache)
+        calls = {"ours": lambda: ours.step(token, *state), "hf": lambda: mixer(token, cache_params=cache)}
+        show(r, f"step D={D}", interleaved_ms(calls, args.seconds / 10, r.device.type == "cpu"))
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
     shapes = [parse_shape(text) for text in args.shapes]
-    if args.threads < 1 or args.repeats < 1:
-        raise run.UserError(f"--threads {args.threads} --repeats {args.repeats}: both must be at least 1")
-    torch.set_num_threads(args.threads)
+    if min(args.threads) < 1 or args.seconds <= 0:
+        raise run.UserError(f"--threads {args.threads} --seconds {args.seconds:g}: both must be positive")
     r = run.start(args, argv)
-    run.say(r, f"# {describe_impl(args.impl, r.device)} | transformers {transformers.__version__}, torch path")
-    run.say(r, f"{'(B,T,D)':14s} {'pass':8s} {'ours ms':>8s} {'hf256 ms':>9s} {'hf64 ms':>8s} {'x256':>6s} {'x64':>6s}")
+    run.say(r, f"# {describe_impl(args.impl, r.device)} | transformers {transformers.__version__}, torch path | ms")
+    ratios = []
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        run.say(r, f"# {threads} CPU threads")
+        for shape in shapes:
+            ratios += time_shape(r, args, shape, threads)
+        for D in sorted({shape[2] for shape in shapes}):
+            time_step(r, args, D)
+    result = f"Mamba2 at least {min(ratios):.2f} x the speed of transformers at chunk 64, {args.dtype}"
+    run.finish(r, args, "TempoPeak", f"{result}, {len(shapes)} shapes")
 
-    slowest = float("inf")
-    for shape in shapes:
-        ours = Mamba2(shape[2], impl=args.impl).to(r.device)
-        blocks = [ours, make_mixer(ours, 256), make_mixer(ours, 64)]
-        u = torch.randn(shape, device=r.device, requires_grad=True)
-        for name, backward in (("fwd", False), ("fwd+bwd", True)):
-            with torch_path(), torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32):
-                ms, hf256, hf64 = interleaved_ms(blocks, u, backward, args.repeats)
-            label = ",".join(str(n) for n in shape)
-            run.say(r, f"{label:14s} {name:8s} {ms:8.2f} {hf256:9.2f} {hf64:8.2f} {hf256 / ms:6.2f} {hf64 / ms:6.2f}")
-            slowest = min(slowest, hf64 / ms)
-    result = (
-        f"Mamba2 at least {slowest:.2f} x the speed of transformers at chunk 64, {args.dtype}, {len(shapes)} shapes"
-    )
-    run.finish(r, args, "TempoPeak", result)
+
+def time_shape(r, args, shape: tuple[int, int, int], threads: int) -> list[float]:
+    """Prints the rows of one shape; returns how many times our time transformers takes at chunk 64."""
+    blocks, ratios = candidates(shape, args.impl, r.device), []
+    u = torch.randn(shape, device=r.device, requires_grad=True)
+    by_process, on_cpu = threads == 1 and r.device.type == "cpu", r.device.type == "cpu"
+    for backward in (False,) if shape[1] >= FORWARD_ONLY else (False, True):
+        calls = {name: functools.partial(call, block, u, backward) for name, block in blocks.items()}
+        with torch_path(), torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32):
+            ms = interleaved_ms(calls, args.seconds, by_process)
+        label = ",".join(str(n) for n in shape) + (" fwd+bwd" if backward else " fwd")
+        show(r, label, ms)
+        ratios.append(ms["hf64"] / ms["ours"])
+        if on_cpu and r.dtype == torch.float32:
+            gflop, mb = roofline(shape, backward)
+            rate, bandwidth = measure_machine(shape[2])
+            bound = max(gflop / rate, 1e-3 * mb / bandwidth) * 1e3
+            parts = f"{gflop:.2f} GFLOP at {rate:.0f} GFLOP/s, {mb:.0f} MB at {bandwidth:.0f} GB/s"
+            run.say(r, f"{'':20s} bound {bound:.2f} ms ({parts}): ours is at {100 * bound / ms['ours']:.0f} %")
+    return ratios
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import ssd
+from models import mamba2, ssd
 from models.mamba2 import Mamba2, describe_impl, resolve_impl, ssd_scan
+from models.mamba2_fused import fused_core
 from utils import run
 from utils.run import UserError
 
@@ -58,6 +59,14 @@ def assert_same(got, want, tolerance=1e-12):
     if want.numel():
         error = (got.double() - want.double()).abs().max().item()
         assert error <= tolerance * max(1e-6, want.abs().max().item()), f"error {error:.2e}"
+
+
+def load_script(name: str):
+    path = Path(__file__).resolve().parents[1] / "smoke" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 def gradients(block, out, *others):
@@ -198,6 +207,154 @@ def test_packed_scan_is_separate_scans():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("start", [False, True])
+def test_hand_written_is_reference(name, start):
+    """models/mamba2_fused.py against autograd over the reference: lengths of one and several chunks, blocks and
+    remainders, outputs, states and every gradient, that of the initial state too."""
+    for T in (1, 3, 64, 65, 130, 1100):
+        results = []
+        for impl in ("reference", "torch"):
+            block, u = make(impl=impl, **VARIANTS[name]), torch.randn(3, T, 16, dtype=torch.float64)
+            u.requires_grad_()
+            torch.manual_seed(T)
+            state = [torch.randn_like(s, requires_grad=True) for s in block.allocate_inference_cache(3)]
+            lengths = torch.tensor([T, T // 2, 1])
+            y, end = block(u, lengths=lengths, initial_state=state if start else None, return_final_state=True)
+            loss = y.sin().sum() + end[0].sin().sum() + end[1].sin().sum()
+            results.append((y, *end, *gradients(block, loss, u, *(state if start else ()))))
+        assert_same(results[1], results[0], 1e-10)
+
+
+def test_hand_written_runs_where_it_can(monkeypatch):
+    """It is what a CPU runs; every case that it does not cover takes the reference."""
+    called = []
+
+    def spy(*args):
+        called.append(1)
+        return fused_core(*args)
+
+    monkeypatch.setattr(mamba2, "fused_core", spy)
+    u = torch.randn(2, 20, 16)
+    for kwargs, fused in (
+        ({}, True),
+        ({"impl": "torch"}, True),
+        ({"rmsnorm": False, "D_has_hdim": True}, True),
+        ({"impl": "reference"}, False),
+        ({"norm_before_gate": True}, False),
+        ({"d_ssm": 16}, False),
+    ):
+        called.clear()
+        make(dtype=torch.float32, **kwargs)(u)
+        assert bool(called) == fused, kwargs
+    called.clear()
+    make(dtype=torch.float32)(u, seq_idx=torch.zeros(2, 20))
+    with torch.autocast("cpu", torch.bfloat16):
+        make(dtype=torch.float32)(u)
+    assert not called
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_block_gradcheck(impl):
+    """Groups, chunks of 4 with a remainder, initial and final states."""
+    block = make(impl=impl, chunk_size=4, d_model=4, headdim=2, d_state=2)
+    u = torch.randn(2, 11, 4, dtype=torch.float64, requires_grad=True)
+    state = [torch.randn_like(s, requires_grad=True) for s in block.allocate_inference_cache(2)]
+    names, values = zip(*block.named_parameters(), strict=True)
+
+    def run_block(u, conv_state, ssm_state, *values):
+        options = {"initial_state": (conv_state, ssm_state), "return_final_state": True}
+        y, end = torch.func.functional_call(block, dict(zip(names, values, strict=True)), (u,), options)
+        return y, *end
+
+    assert torch.autograd.gradcheck(run_block, (u, *state, *values))
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_chunked_is_step_by_step_over_4096_steps(impl):
+    """float32; the state of weakly decaying heads remembers most of them."""
+    block, u = make(dtype=torch.float32, impl=impl, A_init_range=(0.001, 4)), torch.randn(1, 4096, 16)
+    with torch.no_grad():
+        want, end = block(u, return_final_state=True)
+        state, rows = block.allocate_inference_cache(1), []
+        for token in u.split(1, dim=1):
+            y, *state = block.step(token, *state)
+            rows.append(y)
+    assert_same(torch.cat(rows, 1), want, 5e-6)
+    assert_same(state, end, 5e-6)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("decay", [1e2, 1e4])
+def test_strong_decay_trains(impl, decay):
+    """|dt A| up to 1e4 in float32, next to heads that hardly decay: everything finite and near float64."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        block = make(dtype=dtype, impl=impl if dtype == torch.float32 else "reference")
+        with torch.no_grad():
+            block.A_log.copy_(torch.tensor([decay, decay / 10, 1.0, 1e-4]).log())
+            block.dt_bias.fill_(1.0)
+        u = torch.randn(2, 150, 16, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+        y, end = block(u, return_final_state=True)
+        results.append((y, *end, *gradients(block, y.sin().sum() + end[1].sin().sum(), u)))
+    got, want = results
+    assert all(t.isfinite().all() for t in got)
+    assert_same(got[:3], want[:3], 5e-6)
+    assert_same(got[3:], want[3:], 2e-5)
+
+
+def test_half_precision_over_8192_steps():
+    """bf16 inputs and projections, float32 decays: no overflow, and the error against float64 that the README states."""
+    block, u = make(dtype=torch.float32, A_init_range=(0.001, 1)), torch.randn(1, 8192, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got, (_, state) = block(u, return_final_state=True)
+    with torch.no_grad():
+        want, (_, end) = block.double()(u.double(), return_final_state=True)
+    assert got.isfinite().all() and state.isfinite().all()
+    assert_same(got, want, 1e-2)
+    assert_same(state, end, 1e-2)
+
+
+def test_scan_of_bf16_inputs_is_near_float64():
+    """Only x, B and C are rounded to bfloat16; step sizes and decays stay float32."""
+    inputs = scan_inputs(T=512, N=16)
+    low = {name: t.bfloat16() if name in "xBCz" else t.float() for name, t in inputs.items()}
+    options = {"dt_softplus": True, "return_final_states": True}
+    got, want = ssd_scan(**low, **options), ssd_scan(**inputs, **options)
+    assert got[0].dtype == torch.bfloat16 and got[1].dtype == torch.float32
+    assert_same(got, want, 1e-2)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_blocks_change_nothing(name, monkeypatch):
+    """Inference and checkpointed training in blocks, here of 64 steps, are one pass; padded clips end inside them."""
+    monkeypatch.setattr(mamba2, "BLOCK_STEPS", 64)
+    u, lengths = torch.randn(3, 300, 16, dtype=torch.float64), torch.tensor([300, 128, 70])
+    results = []
+    for checkpoint_blocks in (False, True):
+        block = make(checkpoint_blocks=checkpoint_blocks, **VARIANTS[name])
+        u = u.detach().requires_grad_()
+        y, end = block(u, lengths=lengths, return_final_state=True)
+        grads = gradients(block, y.sin().sum() + end[0].sin().sum() + end[1].sin().sum(), u)
+        with torch.no_grad():
+            inferred, inferred_end = block(u, lengths=lengths, return_final_state=True)
+        assert_same((inferred, *inferred_end), (y, *end))
+        assert_same(block(u), block(u, seq_idx=torch.zeros(3, 300)))  # packed input goes through whole
+        results.append((y, *end, *grads))
+    assert_same(results[1], results[0], 1e-10)
+
+
+def test_memory_stays_within_its_bars():
+    """(1, T, 256), growth of the process: forward at T = 32768 at most 200 MB, training 60 KB a step, 12 in blocks."""
+    bench = load_script("bench_mamba_memory")
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peaks are read from /proc/self")
+    assert bench.measure("ours", "forward", 32768) <= 200e6
+    for name, bar in (("ours", 60e3), ("checkpoint_blocks", 12e3)):
+        assert bench.measure(name, "training", 8192) - bench.measure(name, "training", 4096) <= 4096 * bar
+    assert bench.measure("ours", "stream", 2000) <= 3e6
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 def test_step_is_forward(name):
     block, u = make(dtype=torch.float32, **VARIANTS[name]), torch.randn(3, 70, 16)
     with torch.no_grad():
@@ -210,10 +367,11 @@ def test_step_is_forward(name):
     assert_same(state, end, 5e-6)
 
 
+@pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("s", [0, 1, 3, 4, 63, 64, 65, 130])
-def test_split_anywhere(s):
+def test_split_anywhere(s, impl):
     """Two calls with the state in between are one call, forwards and backwards."""
-    block, u = make(), torch.randn(2, 130, 16, dtype=torch.float64, requires_grad=True)
+    block, u = make(impl=impl), torch.randn(2, 130, 16, dtype=torch.float64, requires_grad=True)
     whole, end = block(u, return_final_state=True)
     first, middle = block(u[:, :s], return_final_state=True)
     second, end_of_two = block(u[:, s:], initial_state=middle, return_final_state=True)
@@ -223,11 +381,12 @@ def test_split_anywhere(s):
     assert_same(gradients(block, losses[1], u), gradients(block, losses[0], u), 1e-9)
 
 
-def test_chunk_size_changes_nothing():
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_chunk_size_changes_nothing(impl):
     u = torch.randn(2, 100, 16, dtype=torch.float64)
     want = make()(u)
     for chunk_size in (1, 7, 16, 64, 256):
-        assert_same(make(chunk_size=chunk_size)(u), want)
+        assert_same(make(chunk_size=chunk_size, impl=impl)(u), want)
 
 
 def test_batch_permutation():
@@ -345,10 +504,7 @@ def test_transformers_has_the_same_block():
 def test_bench_times_the_torch_path_where_kernels_import(monkeypatch, capsys):
     from transformers.models.mamba2 import modeling_mamba2
 
-    path = Path(__file__).resolve().parents[1] / "smoke" / "bench_mamba.py"
-    spec = importlib.util.spec_from_file_location("bench_mamba", path)
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    bench = load_script("bench_mamba")
     block, u = Mamba2(64), torch.randn(2, 50, 64)
     mixer = bench.make_mixer(block, 16)
     want = mixer(u)
@@ -363,7 +519,7 @@ def test_bench_times_the_torch_path_where_kernels_import(monkeypatch, capsys):
         mixer(u)
     with bench.torch_path():
         assert torch.equal(mixer(u), want)
-    argv = ["--device", "cpu", "--shapes", "1,8,32", "--repeats", "1"]
+    argv = ["--device", "cpu", "--shapes", "1,8,64", "--seconds", "0.1"]
     assert run.cli(bench.main, argv) == 0 and "torch path" in capsys.readouterr().out
 
 

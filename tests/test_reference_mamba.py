@@ -22,6 +22,8 @@ UPSTREAM_ONLY = {"d_ssm", "D_has_hdim", "rmsnorm", "norm_before_gate"}  # option
 # upstream's float32 kernels have rounding errors of their own: outputs get twice the tolerance towards them, gradients
 TRITON_GRAD = 6e-5  # (4e-5 is the worst distance between those kernels and float64)
 
+IMPLS = ("torch", "reference")  # the hand-written function of CPUs, and autograd over the composition
+
 pytestmark = pytest.mark.skipif(not FILES, reason=f"no reference cases in {CASES}; set LAB_SHARED")
 
 
@@ -52,9 +54,9 @@ def output_tolerance(path: Path) -> float:
     return 1e-5 if "large_input" in path.name else 3e-6
 
 
-def build(path: Path, dtype: torch.dtype) -> tuple[Mamba2, dict[str, torch.Tensor]]:
+def build(path: Path, dtype: torch.dtype, impl: str = "torch") -> tuple[Mamba2, dict[str, torch.Tensor]]:
     config, arrays = read(path)
-    block = Mamba2(**config, impl="torch")
+    block = Mamba2(**config, impl=impl)
     block.load_state_dict(part(arrays, "param/"), strict=True)
     return block.to(dtype), arrays
 
@@ -90,24 +92,26 @@ def assert_gradients(got: dict, arrays: dict, kind: str, tolerance: float, name:
         assert_near(got[key], reference, tolerance, f"{name} grad{kind}/{key}")
 
 
-def test_blocks_float64():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_blocks_float64(impl):
     for path in MODULES:
-        block, arrays = build(path, torch.float64)
+        block, arrays = build(path, torch.float64, impl)
         y, grads = run_block(block, arrays, torch.float64)
         assert_near(y, arrays["y64"], 1e-12, path.name)
         assert_gradients(grads, arrays, "64", 1e-10, path.name)
-    print(f"\nMamba2 = reference in float64, outputs and gradients: {len(MODULES)} of {len(MODULES)} cases")
+    print(f"\nMamba2 ({impl}) = upstream in float64, outputs and gradients: {len(MODULES)} of {len(MODULES)} cases")
 
 
-def test_blocks_float32():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_blocks_float32(impl):
     for path in MODULES:
-        block, arrays = build(path, torch.float32)
+        block, arrays = build(path, torch.float32, impl)
         y, grads = run_block(block, arrays, torch.float32)
         assert_near(y, arrays["y64"], output_tolerance(path), f"{path.name} y64")
         assert_near(y, arrays["y32_triton"], 2 * output_tolerance(path), f"{path.name} y32_triton")
         assert_gradients(grads, arrays, "64", 1e-5, path.name)
         assert_gradients(grads, arrays, "32_triton", TRITON_GRAD, path.name)
-    print(f"\nMamba2 = reference in float32, outputs and gradients: {len(MODULES)} of {len(MODULES)} cases")
+    print(f"\nMamba2 ({impl}) = upstream in float32, outputs and gradients: {len(MODULES)} of {len(MODULES)} cases")
 
 
 def test_cores_float64():
