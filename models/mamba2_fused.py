@@ -53,31 +53,39 @@ def fused_core(
     valid (B, T) bool or None, False at padding; weights.norm None for the gate alone. T >= 1; float32 or float64.
     Returns out and, with want_state, the state after the last step, else None. First derivatives only.
     """
-    return _Core.apply(zxbcdt, *weights, window, state, valid, sizes, want_state)
+    if torch.is_grad_enabled():
+        return _Core.apply(zxbcdt, *weights, window, state, valid, sizes, want_state)
+    return _forward(zxbcdt, weights, window, state, valid, sizes, want_state)
+
+
+def _forward(zxbcdt, w: Weights, window, state, valid, s: Sizes, want_state, y=None, entering=None):
+    """fused_core's result; y (B, T, d), if given, takes the scan's output, and entering the state before each block."""
+    b, T = zxbcdt.shape[:2]
+    out = zxbcdt.new_empty(b, T, s.nheads * s.headdim)
+    end = zxbcdt.new_empty(b, s.nheads, s.headdim, s.d_state) if want_state else None
+    for rows, start, stop, Q in _cut(b, T, s.chunk):
+        if start == 0:
+            carried = None if state is None else _by_group(state[rows], s)
+        if entering is not None:
+            entering.append(carried)
+        block = _Block(zxbcdt[rows], start, stop, Q, _of(window, rows), _of(valid, rows), w, s)
+        here = (rows, slice(start, stop))
+        scanned = out[here] if y is None else y[here]
+        carried = block.scan(carried, scanned, want_state or stop < T)
+        block.gate_and_norm(scanned, out[here])
+        if want_state and stop == T:
+            end[rows] = _by_head(carried, s)
+    return out, end
 
 
 class _Core(torch.autograd.Function):
     @staticmethod
     def forward(ctx, zxbcdt, conv, conv_bias, dt_bias, A, D, norm, window, state, valid, s, want_state):
-        w, training = Weights(conv, conv_bias, dt_bias, A, D, norm), any(ctx.needs_input_grad)
-        b, T = zxbcdt.shape[:2]
-        out = zxbcdt.new_empty(b, T, s.nheads * s.headdim)
-        y = torch.empty_like(out) if training else out
-        end = zxbcdt.new_empty(b, s.nheads, s.headdim, s.d_state) if want_state else None
-        blocks, entering = _cut(b, T, s.chunk), []
-        for rows, start, stop, Q in blocks:
-            if start == 0:
-                carried = None if state is None else _by_group(state[rows], s)
-            entering.append(carried)
-            block = _Block(zxbcdt[rows], start, stop, Q, _of(window, rows), _of(valid, rows), w, s)
-            here = (rows, slice(start, stop))
-            carried = block.scan(carried, y[here], want_state or stop < T)
-            block.gate_and_norm(y[here], out[here])
-            if want_state and stop == T:
-                end[rows] = _by_head(carried, s)
-        if training:
-            ctx.blocks, ctx.entering, ctx.s = blocks, entering, s
-            ctx.save_for_backward(zxbcdt, *w, window, state, valid, y)
+        w, entering = Weights(conv, conv_bias, dt_bias, A, D, norm), []
+        y = zxbcdt.new_empty(*zxbcdt.shape[:2], s.nheads * s.headdim)
+        out, end = _forward(zxbcdt, w, window, state, valid, s, want_state, y, entering)
+        ctx.s, ctx.entering = s, entering
+        ctx.save_for_backward(zxbcdt, *w, window, state, valid, y)
         return out, end
 
     @staticmethod
@@ -89,7 +97,8 @@ class _Core(torch.autograd.Function):
         dw = Weights(*(None if t is None else torch.zeros_like(t) for t in w))
         dwindow = None if window is None else torch.empty_like(window)
         dstate = None if state is None else torch.empty_like(state)
-        for (rows, start, stop, Q), carried in zip(reversed(ctx.blocks), reversed(ctx.entering), strict=True):
+        blocks = _cut(len(zxbcdt), T, s.chunk)
+        for (rows, start, stop, Q), carried in zip(reversed(blocks), reversed(ctx.entering), strict=True):
             if stop == T:
                 dcarried = None if dend is None else _by_group(dend[rows], s)
                 dbefore = None
