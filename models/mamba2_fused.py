@@ -55,11 +55,14 @@ def fused_core(
     """
     if torch.is_grad_enabled():
         return _Core.apply(zxbcdt, *weights, window, state, valid, sizes, want_state)
-    return _forward(zxbcdt, weights, window, state, valid, sizes, want_state)
+    return _forward(zxbcdt, weights, window, state, valid, sizes, want_state)[:2]
 
 
 def _forward(zxbcdt, w: Weights, window, state, valid, s: Sizes, want_state, y=None, entering=None):
-    """fused_core's result; y (B, T, d), if given, takes the scan's output, and entering the state before each block."""
+    """fused_core's result, and what the last block computed, with which the backward pass begins.
+
+    For that pass y (B, T, d) takes the scan's output, and the list entering the state before each block.
+    """
     b, T = zxbcdt.shape[:2]
     out = zxbcdt.new_empty(b, T, s.nheads * s.headdim)
     end = zxbcdt.new_empty(b, s.nheads, s.headdim, s.d_state) if want_state else None
@@ -75,7 +78,7 @@ def _forward(zxbcdt, w: Weights, window, state, valid, s: Sizes, want_state, y=N
         block.gate_and_norm(scanned, out[here])
         if want_state and stop == T:
             end[rows] = _by_head(carried, s)
-    return out, end
+    return out, end, block.computed
 
 
 class _Core(torch.autograd.Function):
@@ -83,26 +86,28 @@ class _Core(torch.autograd.Function):
     def forward(ctx, zxbcdt, conv, conv_bias, dt_bias, A, D, norm, window, state, valid, s, want_state):
         w, entering = Weights(conv, conv_bias, dt_bias, A, D, norm), []
         y = zxbcdt.new_empty(*zxbcdt.shape[:2], s.nheads * s.headdim)
-        out, end = _forward(zxbcdt, w, window, state, valid, s, want_state, y, entering)
-        ctx.s, ctx.entering = s, entering
-        ctx.save_for_backward(zxbcdt, *w, window, state, valid, y)
+        out, end, computed = _forward(zxbcdt, w, window, state, valid, s, want_state, y, entering)
+        ctx.s = s
+        ctx.save_for_backward(zxbcdt, *w, window, state, valid, y, *computed, *entering)
         return out, end
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dend):
-        zxbcdt, *w, window, state, valid, y = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: unpacking may mean computing again
+        (zxbcdt, *w, window, state, valid, y), computed, entering = saved[:11], saved[11:21], saved[21:]
         w, s, T = Weights(*w), ctx.s, zxbcdt.shape[1]
         dzxbcdt = torch.empty_like(zxbcdt)
         dw = Weights(*(None if t is None else torch.zeros_like(t) for t in w))
         dwindow = None if window is None else torch.empty_like(window)
         dstate = None if state is None else torch.empty_like(state)
         blocks = _cut(len(zxbcdt), T, s.chunk)
-        for (rows, start, stop, Q), carried in zip(reversed(blocks), reversed(ctx.entering), strict=True):
+        for (rows, start, stop, Q), carried in zip(reversed(blocks), reversed(entering), strict=True):
             if stop == T:
                 dcarried = None if dend is None else _by_group(dend[rows], s)
                 dbefore = None
-            block = _Block(zxbcdt[rows], start, stop, Q, _of(window, rows), _of(valid, rows), w, s)
+            block = _Block(zxbcdt[rows], start, stop, Q, _of(window, rows), _of(valid, rows), w, s, computed)
+            computed = None
             here = (rows, slice(start, stop))
             dcarried, dbefore = block.backward(carried, y[here], dout[here], dcarried, dbefore, dzxbcdt[here], dw)
             if start == 0 and window is not None:
@@ -146,37 +151,49 @@ class _Block:
     a tensor or view (c, b, H, Q, ..), heads first; gf one of (c, b, G, Q, R, ..), where the heads of a group share a row.
     """
 
-    def __init__(self, zxbcdt, start, stop, Q, window, valid, w: Weights, s: Sizes):
+    def __init__(self, zxbcdt, start, stop, Q, window, valid, w: Weights, s: Sizes, computed=None):
+        """computed: the tensors of that name of an earlier block of the same steps, to save their computation."""
         self.w, self.s, self.valid = w, s, None if valid is None else valid[:, start:stop, None]
         b, H, P, G, N = len(zxbcdt), s.nheads, s.headdim, s.ngroups, s.d_state
         d, c, R = H * P, (stop - start) // Q, H // G
         self.shape = b, c, Q, H, P, G, R, N
         self.z, xBC, dt = zxbcdt[:, start:stop].split([d, d + 2 * G * N, H], -1)
-        before = _inputs_before(zxbcdt[..., d:-H], start, window, w.conv.shape[-1])
-        self.rows = xBC if before is None else torch.cat([before, xBC], 1)  # (b, k-1+t, C)
-        self.conv = depthwise(self.rows, w.conv, w.conv_bias)  # (b, t, C)
-        act = F.silu(self.conv).view(b, c, Q, -1)
-        x, B, C = act.split([d, G * N, G * N], -1)
+        if computed is None:
+            before = _inputs_before(zxbcdt[..., d:-H], start, window, w.conv.shape[-1])
+            rows = xBC if before is None else torch.cat([before, xBC], 1)  # (b, k-1+t, C)
+            conv = depthwise(rows, w.conv, w.conv_bias)  # (b, t, C)
+            computed = rows, conv, F.silu(conv), *self._step_sizes(dt)
+        self.rows, self.conv, act, self.raw_dt, dt, self.within, self.entering = computed[:7]
+        x, B, C = act.view(b, c, Q, -1).split([d, G * N, G * N], -1)
         self.x_hf = x.view(b, c, Q, H, P).permute(1, 0, 3, 2, 4)
         self.B, self.C = (m.view(b, c, Q, G, N).permute(1, 0, 3, 2, 4).reshape(-1, Q, N) for m in (B, C))  # (n G, Q, N)
-        # step sizes
-        self.raw_dt = dt + w.dt_bias  # (b, t, H)
-        dt = F.softplus(self.raw_dt)
-        dt = dt if s.dt_limit == (0.0, math.inf) else dt.clamp(*s.dt_limit)
-        dt = dt if valid is None else dt * self.valid
         self.dt_hf = dt.view(b, c, Q, H).permute(1, 0, 3, 2)
-        # decays: their logarithms in float64, since only differences of these sums may be rounded to float32
-        rate = w.A.double()[:, None] / math.log(2)  # exp(a) = exp2(a / ln 2)
-        a = torch.mul(self.dt_hf, rate, out=rate.new_empty(c, b, H, Q)).cumsum_(-1)
-        between = (a[..., :, None] - a[..., None, :]).to(dt.dtype)
-        self.within = between.clamp_(max=0).exp2_()  # (c, b, H, Q, Q), from after step s to after step l >= s
-        self.entering = a.exp2_().to(dt.dtype)  # (c, b, H, Q), from before the chunk to after step l
         self.leaving = self.within[..., -1, :]  # (c, b, H, Q), from after step s to the chunk's end
         self.through = self.entering[..., -1].view(c, b * G, 1, R, 1)
-        # M = (C B^T) * decay for s <= l, with one C B^T per group
-        self.scores = torch.bmm(self.C, self.B.mT).tril_().view(-1, 1, Q, Q)  # (n G, 1, Q, Q)
-        self.mixing = (self.within.view(-1, R, Q, Q) * self.scores).view(-1, Q, Q)  # (n H, Q, Q)
-        self.xdt = torch.mul(self.x_hf, self.dt_hf[..., None], out=dt.new_empty(c, b, H, Q, P))
+        self.computed = computed if len(computed) > 7 else (*computed, *self._mix())
+        self.scores, self.mixing, self.xdt = self.computed[7:]
+
+    def _step_sizes(self, dt):
+        """dt (b, t, H) before the bias -> with it, and final; decays within the chunks and from before them."""
+        b, c, Q, H, *_ = self.shape
+        raw_dt = dt + self.w.dt_bias  # (b, t, H)
+        dt = F.softplus(raw_dt)
+        dt = dt if self.s.dt_limit == (0.0, math.inf) else dt.clamp(*self.s.dt_limit)
+        dt = dt if self.valid is None else dt * self.valid
+        # logarithms of decays in float64, since only differences of these sums may be rounded to float32
+        rate = self.w.A.double()[:, None] / math.log(2)  # exp(a) = exp2(a / ln 2)
+        a = torch.mul(dt.view(b, c, Q, H).permute(1, 0, 3, 2), rate, out=rate.new_empty(c, b, H, Q)).cumsum_(-1)
+        between = (a[..., :, None] - a[..., None, :]).to(dt.dtype)
+        within = between.clamp_(max=0).exp2_()  # (c, b, H, Q, Q), from after step s to after step l >= s
+        return raw_dt, dt, within, a.exp2_().to(dt.dtype)  # (c, b, H, Q), from before the chunk to after step l
+
+    def _mix(self):
+        """C B^T for s <= l, one per group: (n G, 1, Q, Q); M, that times the decay: (n H, Q, Q); dt x, hf"""
+        b, c, Q, H, P, G, R, N = self.shape
+        scores = torch.bmm(self.C, self.B.mT).tril_().view(-1, 1, Q, Q)
+        mixing = (self.within.view(-1, R, Q, Q) * scores).view(-1, Q, Q)
+        xdt = self.within.new_empty(c, b, H, Q, P)
+        return scores, mixing, torch.mul(self.x_hf, self.dt_hf[..., None], out=xdt)
 
     def heads_first(self, m: torch.Tensor) -> torch.Tensor:
         """(b, t, d) -> (c, b, H, Q, P), a view"""
@@ -355,8 +372,8 @@ class _Block:
         t, k = dconv.shape[1], self.w.conv.shape[-1]
         if dw.conv_bias is not None:
             dw.conv_bias.add_(dconv.sum((0, 1)))
-        for tap in range(k):
-            dw.conv[:, 0, tap].add_((dconv * self.rows[:, tap : tap + t]).sum((0, 1)))
+        taps = [(dconv * self.rows[:, tap : tap + t]).sum((0, 1)) for tap in range(k)]
+        dw.conv.add_(torch.stack(taps, 1)[:, None])
         return depthwise(F.pad(dconv, (0, 0, k - 1, k - 1)), self.w.conv.flip(-1), None)
 
 

@@ -12,12 +12,21 @@ threads spin while they wait). A last column per table says how many times ours 
     2 dirs        BiMamba2 of the same width, the sum of two blocks
     biGRU         bidirectional nn.GRU of the same output width
     attention     nn.TransformerEncoderLayer, 64 channels per head, 4 D in its middle
-Memory: smoke/bench_mamba_memory.py. CUDA in detail: smoke/bench_mamba_cuda.py.
+CUDA in detail: smoke/bench_mamba_cuda.py.
+
+python smoke/bench_mamba.py --memory          # 3 min: peak memory, each figure from a process of its own (Linux)
+
+B = 1, D = 256, float32, one thread. Growth of the resident set over what the process held before the call, which had
+input and weights already. The C library is told to hand freed memory back (MALLOC_* below), otherwise the figures would
+depend on what it keeps. Training: the difference between 8192 and 4096 steps, by 4096. `checkpoint_blocks` is ours with
+that argument.
 """
 
 import argparse
 import functools
 import inspect
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -36,6 +45,8 @@ from utils import run
 
 SHAPES = ["8,64,128", "2,64,512", "1,1024,256", "1,8192,256", "1,32768,256"]
 FORWARD_ONLY = 16384  # from this many steps on
+MEASURED = ["ours", "checkpoint_blocks", "reference", "hf256", "hf64", "attention"]
+HAND_BACK = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -60,6 +71,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         metavar="B,T,D",
         help="batch, steps, width; D a multiple of 64 (default: five shapes from 8,64,128 to 1,32768,256)",
     )
+    p.add_argument("--memory", action="store_true", help="peak memory of ours and its peers instead of times")
+    p.add_argument("--one", nargs=3, metavar=("NAME", "PASS", "STEPS"), help="print the bytes of one case; used inside")
     p.add_argument("--log", default=None, metavar="WHY", help="reason for this run; appends the result row to LOG.md")
     return p.parse_args(argv)
 
@@ -212,12 +225,78 @@ def time_step(r, args, D: int) -> None:
         show(r, f"step D={D}", interleaved_ms(calls, args.seconds / 10, r.device.type == "cpu"))
 
 
+def status_kb(field: str) -> int:
+    """VmRSS, the resident set now, or VmHWM, its peak"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field)))
+
+
+def measure_here(name: str, kind: str, steps: int) -> int:
+    """Growth in bytes of this process during one call of a candidate."""
+    torch.manual_seed(0)
+    if name == "checkpoint_blocks":
+        block = Mamba2(256, impl="torch", checkpoint_blocks=True)
+    else:
+        block = candidates((1, 2048, 256), "torch", torch.device("cpu"))[name]
+    u, backward = torch.randn(1, steps, 256, requires_grad=True), kind == "training"
+    state, token = block.allocate_inference_cache(1) if kind == "stream" else None, torch.randn(1, 1, 256)
+
+    def once(n):
+        if kind != "stream":
+            return call(block, u[:, :n], backward)
+        with torch.no_grad():
+            now = state
+            for _ in range(n):
+                _, *now = block.step(token, *now)
+
+    with torch_path():
+        once(128)  # libraries set themselves up
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        before = status_kb("VmRSS")
+        once(steps)
+    return 1024 * (status_kb("VmHWM") - before)
+
+
+def measure(name: str, kind: str, steps: int) -> int:
+    command = [sys.executable, __file__, "--one", name, kind, str(steps)]
+    done = subprocess.run(command, env=os.environ | HAND_BACK, stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def show_memory(r) -> str:
+    """Prints the table of --memory; returns the result in one line."""
+    run.say(r, f"{'':18s} forward T=32768   training per step")
+    shown = []
+    for name in MEASURED:
+        forward = measure(name, "forward", 32768) / 1e6
+        slope = (measure(name, "training", 8192) - measure(name, "training", 4096)) / 4096 / 1e3
+        run.say(r, f"{name:18s} {forward:12.0f} MB {slope:16.1f} KB")
+        shown.append(f"{name} {forward:.0f} MB / {slope:.1f} KB")
+    grown, state = measure("ours", "stream", 5000) / 1e3, Mamba2(256).allocate_inference_cache(1)
+    run.say(
+        r,
+        f"streaming: state {sum(t.nbytes for t in state) / 1e3:.0f} KB; 5000 steps grew the process by {grown:.0f} KB",
+    )
+    return f"forward T=32768 / training per step: {', '.join(shown)}; 5000 streamed steps {grown:.0f} KB"
+
+
+# ---- the script
+
+
 def main(argv=None) -> None:
     args = parse_args(argv)
     shapes = [parse_shape(text) for text in args.shapes]
     if min(args.threads) < 1 or args.seconds <= 0:
         raise run.UserError(f"--threads {args.threads} --seconds {args.seconds:g}: both must be positive")
+    if (args.memory or args.one) and not Path("/proc/self/clear_refs").exists():
+        raise run.UserError("--memory reads peaks from /proc/self, which this system does not have: use Linux")
+    if args.one:
+        print(measure_here(args.one[0], args.one[1], int(args.one[2])))
+        return
     r = run.start(args, argv)
+    if args.memory:
+        run.finish(r, args, "TempoPeak", show_memory(r))
+        return
     run.say(r, f"# {describe_impl(args.impl, r.device)} | transformers {transformers.__version__}, torch path | ms")
     ratios = []
     for threads in args.threads:

@@ -345,7 +345,7 @@ def test_blocks_change_nothing(name, monkeypatch):
 
 def test_memory_stays_within_its_bars():
     """(1, T, 256), growth of the process: forward at T = 32768 at most 200 MB, training 60 KB a step, 12 in blocks."""
-    bench = load_script("bench_mamba_memory")
+    bench = load_script("bench_mamba")
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peaks are read from /proc/self")
     assert bench.measure("ours", "forward", 32768) <= 200e6
