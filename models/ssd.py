@@ -41,7 +41,7 @@ def load_kernel():
     if tuple(int(part) for part in version.split(".")[:3]) < (2, 2, 3):
         raise ImportError(f"mamba_ssm {version} has wrong gradients for A (fixed in 2.2.3)")
     bare = types.ModuleType("mamba_ssm")
-    bare.__path__ = list(spec.submodule_search_locations)
+    bare.__path__, bare.__spec__ = list(spec.submodule_search_locations), spec  # without a spec find_spec raises
     before = _forget_mamba_ssm()
     for package in (before, {"mamba_ssm": bare}):
         sys.modules.update(package)

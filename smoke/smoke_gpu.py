@@ -24,6 +24,7 @@ COMMANDS = [
     "smoke/overfit_tempopeak.py --device cuda",
     "smoke/overfit_tempopeak.py --device cuda --dtype bf16",
     "smoke/bench_mamba.py --device cuda",
+    "smoke/bench_mamba_cuda.py",
     f"{TRAIN} --dtype bf16 --compile --workers 4 --steps 20 --out runs/gpu/bf16",
     f"{TRAIN} --dtype fp16 --steps 20 --stop-at 10 --out runs/gpu/fp16",
     f"{TRAIN} --dtype fp16 --steps 20 --resume auto --out runs/gpu/fp16",

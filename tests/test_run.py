@@ -158,7 +158,7 @@ def test_choose_device(monkeypatch):
     assert run.choose_device("auto") == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert run.choose_device("auto") == torch.device("cuda")
+    assert run.choose_device("auto") == run.choose_device("cuda") == torch.device("cuda:0")  # a bare "cuda" is refused
     assert run.choose_device("auto", local_rank=1) == run.choose_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(UserError, match="--device cuda:2: only 2 GPUs"):
         run.choose_device("cuda:2")

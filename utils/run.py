@@ -131,8 +131,8 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         raise UserError("--device mps: this machine has no Metal device; use --device cpu")
     if local_rank is not None and re.fullmatch(r"cuda:\d+", name):
         raise UserError(f"--device {name} under torchrun: all processes would share one GPU; use --device cuda")
-    device = torch.device(f"cuda:{local_rank}" if name == "cuda" and local_rank is not None else name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    device = torch.device(f"cuda:{local_rank or 0}" if name == "cuda" else name)  # set_device wants a number
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise UserError(f"--device {name}: only {torch.cuda.device_count()} GPUs are visible; choose a lower number")
     return device
 
