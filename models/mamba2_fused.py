@@ -277,8 +277,7 @@ class _Block:
         dmixing = dmixing.mul_(self.within.view(-1, Q, Q)).view(-1, R, Q, Q)
         dscores = dmixing.sum(1).tril_()  # (n G, Q, Q)
         dC, dB = torch.bmm(dscores, self.B), torch.bmm(dscores.mT, self.C)  # (n G, Q, N)
-        dmixing.mul_(self.scores).diagonal(dim1=-2, dim2=-1).zero_()  # of log(within): 0 for s > l; no decay at s = l
-        exact = dmixing.double()  # rows and columns cancel
+        exact = dmixing.mul_(self.scores).double()  # of log(within); its rows and columns cancel
         da = (exact.sum(-1) - exact.sum(-2)).view(c, b, H, Q)
         del dmixing, exact
         # through the states: chunks first.. are entered by one that is not zero, from chunks ..last one gets a gradient

@@ -284,18 +284,21 @@ def test_chunked_is_step_by_step_over_4096_steps(impl):
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
-@pytest.mark.parametrize("decay", [1e2, 1e4])
-def test_strong_decay_trains(impl, decay):
-    """|dt A| up to 1e4 in float32, next to heads that hardly decay: everything finite and near float64."""
+@pytest.mark.parametrize("decay, scale", [(1e2, 1), (1e4, 1), (10, 100)])
+def test_strong_decay_trains(impl, decay, scale):
+    """|dt A| up to 1e4 in float32, next to heads that hardly decay; and steps of any size within one head, whose
+    gradients all but cancel: everything finite and near float64."""
     results = []
     for dtype in (torch.float32, torch.float64):
         block = make(dtype=dtype, impl=impl if dtype == torch.float32 else "reference")
         with torch.no_grad():
             block.A_log.copy_(torch.tensor([decay, decay / 10, 1.0, 1e-4]).log())
             block.dt_bias.fill_(1.0)
-        u = torch.randn(2, 150, 16, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+        u = torch.randn(2, 150, 16, generator=torch.Generator().manual_seed(3))
+        u = (scale * u).to(dtype).requires_grad_()
         y, end = block(u, return_final_state=True)
-        results.append((y, *end, *gradients(block, y.sin().sum() + end[1].sin().sum(), u)))
+        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(dtype)
+        results.append((y, *end, *gradients(block, (weight * y).sum() + end[1].sum(), u)))
     got, want = results
     assert all(t.isfinite().all() for t in got)
     assert_same(got[:3], want[:3], 5e-6)
