@@ -29,13 +29,13 @@ from models.ssd import (
     IMPLS,
     NO_LIMIT,
     TORCH_CHUNK,
-    at_least_float32,
     check_shapes,
     discretise,
     no_autocast,
     number_segments,
     resolve_impl,
     scan,
+    widen,
 )
 from models.ssd import describe_impl as describe_impl
 from models.ssd import ssd_scan as ssd_scan
@@ -47,11 +47,10 @@ class GatedRMSNorm(nn.RMSNorm):
     """RMS norm over groups of channels, gated by silu(z): y, z (..., C) -> (..., C), in float32 or wider."""
 
     def forward(self, y: torch.Tensor, z: torch.Tensor, group_size: int, norm_before_gate: bool) -> torch.Tensor:
-        work = at_least_float32(y)
-        y, gate = y.to(work), F.silu(z.to(work))
-        y, weight = y if norm_before_gate else y * gate, self.weight.to(work)
+        y, gate, weight = widen(y), F.silu(widen(z)), widen(self.weight)
+        y = y if norm_before_gate else y * gate
         if group_size == y.shape[-1]:
-            y = F.rms_norm(y, (group_size,), weight, self.eps)
+            y = torch.rms_norm(y, (group_size,), weight, self.eps)
         else:
             groups = y.view(*y.shape[:-1], y.shape[-1] // group_size, group_size)  # (..., G, C/G)
             y = F.rms_norm(groups, (group_size,), eps=self.eps).view_as(y) * weight
@@ -193,8 +192,8 @@ class Mamba2(nn.Module):
         """One hand-written function between the projections: models/mamba2_fused.py."""
         conv_state, ssm_state = state or (None, None)
         zxbcdt = self.in_proj(u)  # (B, T, 2 d_ssm + 2 G N + H)
-        A, D = self._decay_and_skip()
-        D = D.flatten() if self.D_has_hdim else D.repeat_interleave(self.headdim)  # (d_ssm,)
+        A = self.decay_rate()
+        D = self.D if self.D_has_hdim else self.D.repeat_interleave(self.headdim)  # (d_ssm,)
         norm, eps = (None, 0.0) if self.norm is None else (self.norm.weight, self.norm.eps)
         weights = Weights(self.conv1d.weight, self.conv1d.bias, self.dt_bias, A, D.to(A), norm)
         chunk = min(self.chunk_size, TORCH_CHUNK)
@@ -217,13 +216,13 @@ class Mamba2(nn.Module):
         segment = None if seq_idx is None or u.shape[1] == 0 else number_segments(seq_idx, valid)
         z0, x0, z, xBC, dt = self._project(u)
         # the kernels take x, B, C in autocast's dtype; here everything up to the gate is float32 or wider
-        rows = self._with_inputs_before(xBC if impl == "mamba_ssm" else xBC.to(at_least_float32(xBC)), conv_state)
+        rows = self._with_inputs_before(xBC if impl == "mamba_ssm" else widen(xBC), conv_state)
         with no_autocast(u.device.type):
             x, B, C = self._split_xbc(F.silu(self._convolve(rows, segment)))
             dt = discretise(dt, self.dt_bias, True, self.dt_limit)  # (B, T, H)
             dt = dt if valid is None else dt.masked_fill(~valid[..., None], 0)  # padding leaves the state as it is
-            A, D = self._decay_and_skip()
-            y, ssm_state = scan(x, dt, A, B, C, D, ssm_state, segment, chunk_size, want_state, impl)
+            D = self.D.unflatten(0, (-1, self.headdim)) if self.D_has_hdim else self.D
+            y, ssm_state = scan(x, dt, self.decay_rate(), B, C, D, ssm_state, segment, chunk_size, want_state, impl)
         out = self._gate_and_project(y.flatten(2), z0, x0, z).to(u.dtype)
         return out, (self._last_inputs(rows, segment, valid), ssm_state) if want_state else None
 
@@ -234,29 +233,29 @@ class Mamba2(nn.Module):
 
     def step(self, hidden_states: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor):
         """One token (B, 1, d_model) and the states before it -> (B, 1, d_model) and, as new tensors, those after it."""
-        b, G, H, P, N = len(hidden_states), self.ngroups, self.nheads, self.headdim, self.d_state
-        z0, x0, z, xBC, dt = self._project(hidden_states.squeeze(1))  # (B, ..)
-        conv_state = torch.cat([conv_state[..., 1:], xBC[..., None].to(conv_state.dtype)], 2)  # (B, C, k)
-        with no_autocast(xBC.device.type):
-            # one product per channel, (B, k) (k, 1): a call of conv1d takes ten times longer to set up
-            xBC = torch.bmm(conv_state.transpose(0, 1), self.conv1d.weight.to(conv_state.dtype).mT)  # (C, B, 1)
-            xBC = xBC[..., 0].mT if self.conv1d.bias is None else xBC[..., 0].mT + self.conv1d.bias
-            x, B, C = F.silu(xBC).contiguous().to(ssm_state.dtype).split([self.d_ssm, G * N, G * N], -1)
-            dt = discretise(dt, self.dt_bias, True, self.dt_limit)  # (B, H)
-            A, D = self._decay_and_skip()
-            x = x.view(b, H, P)
-            new = (x * dt[..., None]).view(b, G, H // G, P, 1) * B.view(b, G, 1, 1, N)  # (B, G, R, P, N)
-            ssm_state = torch.addcmul(new.view_as(ssm_state), ssm_state, torch.exp(dt * A)[..., None, None])
+        # at one token the number of operations is what costs, beside reading the weights
+        b, G, H, P, N, conv = len(hidden_states), self.ngroups, self.nheads, self.headdim, self.d_state, self.conv1d
+        z0, x0, z, xBC, dt = self._project(hidden_states)  # (B, 1, ..)
+        conv_state = torch.cat([conv_state[..., 1:], xBC.mT.to(conv_state)], 2)  # (B, C, k)
+        with no_autocast(hidden_states.device.type):
+            xBC = (conv_state * conv.weight[:, 0]).sum(-1)  # (B, C); a call of conv1d takes five times longer to set up
+            xBC = F.silu(xBC if conv.bias is None else xBC + conv.bias).to(ssm_state)
+            x, B, C = xBC.split([self.d_ssm, G * N, G * N], -1)
+            dt = discretise(dt, self.dt_bias, True, self.dt_limit).view(b, H, 1)
+            decay = torch.exp(dt * self.decay_rate()[:, None])[..., None]  # (B, H, 1, 1)
+            x, D = x.view(b, H, P), self.D.view(H, -1)
+            new = (x * dt).view(b, G, H // G, P, 1) * B.view(b, G, 1, 1, N)  # (B, G, R, P, N)
+            ssm_state = torch.addcmul(new.view(b, H, P, N), ssm_state, decay)
             y = torch.bmm(ssm_state.view(b * G, -1, N), C.reshape(b * G, N, 1))  # (B G, R P, 1)
-            y = torch.addcmul(y.view(b, H, P), x, D if D.ndim == 2 else D[:, None]).view(b, H * P)
-        out = self._gate_and_project(y.to(z.dtype), z0, x0, z).to(hidden_states.dtype)
-        return out[:, None], conv_state, ssm_state
+            y = torch.addcmul(y.view(b, H, P), x, D).view(b, 1, H * P)
+        out = self._gate_and_project(y.to(z), z0, x0, z)
+        return out.to(hidden_states), conv_state, ssm_state
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int = 0, dtype: torch.dtype | None = None):
         """Zero conv_state (B, xbc_dim, k) and ssm_state (B, H, P, N), float32 or wider; max_seqlen changes nothing."""
         conv_state = self.conv1d.weight.new_zeros(batch_size, self.xbc_dim, self.d_conv, dtype=dtype)
         shape = (batch_size, self.nheads, self.headdim, self.d_state)
-        return conv_state, conv_state.new_zeros(shape, dtype=at_least_float32(conv_state))
+        return conv_state, widen(conv_state.new_zeros(shape))
 
     def _check_inputs(self, u, seq_idx, lengths, initial_state) -> torch.Tensor | None:
         """Returns valid (B, T) bool, False at padding, or None without lengths."""
@@ -282,10 +281,9 @@ class Mamba2(nn.Module):
         x, B, C = xBC.split([self.d_ssm, self.ngroups * self.d_state, self.ngroups * self.d_state], dim=-1)
         return x.unflatten(-1, (-1, self.headdim)), *(t.unflatten(-1, (self.ngroups, -1)) for t in (B, C))
 
-    def _decay_and_skip(self):
-        """A (H,) and D (H,) or (H, P), float32 or wider whatever the module's dtype: exp would round badly."""
-        A = -torch.exp(self.A_log.to(at_least_float32(self.A_log)))
-        return A, self.D.unflatten(0, (-1, self.headdim)) if self.D_has_hdim else self.D
+    def decay_rate(self) -> torch.Tensor:
+        """A (H,), negative; float32 or wider whatever the module's dtype: exp would round badly."""
+        return -torch.exp(widen(self.A_log))
 
     def _convolve(self, rows: torch.Tensor, segment: torch.Tensor | None) -> torch.Tensor:
         """Causal depthwise convolution: rows (B, k+T, C), the k inputs before first -> (B, T, C)."""
@@ -318,4 +316,4 @@ class Mamba2(nn.Module):
         y = y * F.silu(z) if self.norm is None else self.norm(y, z, self.d_ssm // self.ngroups, self.norm_before_gate)
         if self.d_mlp > 0:
             y = torch.cat([F.silu(z0) * x0, y], -1)
-        return self.out_proj(y.to(z.dtype))
+        return self.out_proj(y.to(z))

@@ -24,6 +24,8 @@ from utils.run import UserError
 IMPLS = ("auto", "torch", "reference", "mamba_ssm")
 TORCH_CHUNK = 64  # steps; the fastest chunk of the plain path on CPUs (32: +2 %, 128: +13 % time)
 NO_LIMIT = (0.0, math.inf)
+AS_IT_IS = contextlib.nullcontext()
+WIDE = (torch.float32, torch.float64)
 DECAY_DTYPE = {"cpu": torch.float64, "cuda": torch.float64}  # other devices may have no float64 (Metal): float32 there
 
 
@@ -125,7 +127,7 @@ def ssd_scan(
         step_size = discretise(dt, dt_bias, dt_softplus, dt_limit)
         y, state = scan(x, step_size, A, B, C, D, initial_states, segment, chunk_size, return_final_states, impl)
         if z is not None:
-            y = (y * F.silu(z.to(at_least_float32(z)))).to(x.dtype)
+            y = (y * F.silu(widen(z))).to(x.dtype)
     return (y, state) if return_final_states else y
 
 
@@ -137,7 +139,7 @@ def check_shapes(where: str, **expected: tuple[torch.Tensor | None, tuple[int, .
 
 def discretise(dt: torch.Tensor, dt_bias: torch.Tensor | None, softplus: bool, limit: tuple[float, float]):
     """Raw dt (..., H) -> step size (..., H), float32 or wider: bias, softplus, clamp, in this order."""
-    dt = dt.to(at_least_float32(dt))
+    dt = widen(dt)
     dt = dt if dt_bias is None else dt + dt_bias
     dt = F.softplus(dt) if softplus else dt
     return dt if softplus and tuple(limit) == NO_LIMIT else dt.clamp(*limit)
@@ -152,23 +154,23 @@ def number_segments(seq_idx: torch.Tensor, valid: torch.Tensor | None = None) ->
 
 def no_autocast(device_type: str):
     """Context without autocast; entering a real one costs as much as five small operations."""
-    enabled = torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if enabled else contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else AS_IT_IS
 
 
-def at_least_float32(t: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
+def widen(t: torch.Tensor) -> torch.Tensor:
+    """t in float32; float64 stays"""
+    return t if t.dtype in WIDE else t.float()
 
 
 def scan(x, dt, A, B, C, D, initial_states, segment, chunk_size, want_state, impl):
     """ssd_scan with a final step size dt and numbered segments. Returns (y, state), state None unless want_state."""
     b, T, H, P = x.shape
-    work = at_least_float32(x)
     if T > 0 and resolve_impl(impl, x.device, x.dtype) == "mamba_ssm":
         return _scan_kernel(x, dt, A, B, C, D, initial_states, segment, chunk_size, want_state)
     c = max(1, math.ceil(T / chunk_size))
     Q = max(1, math.ceil(T / c))  # evenly spread, so that little is padded
-    inputs = [x.to(work), dt.to(work), B.to(work), C.to(work)]
+    wide = widen(x)
+    inputs = [wide, dt.to(wide), B.to(wide), C.to(wide)]
     if c * Q > T:  # a step with dt = 0 neither decays nor feeds the state
         inputs = [F.pad(t, (0, 0) * (t.ndim - 2) + (0, c * Q - T)) for t in inputs]
     chunks = [t.unflatten(1, (c, Q)) for t in inputs]
