@@ -237,17 +237,17 @@ class Mamba2(nn.Module):
         b, G, H, P, N, conv = len(hidden_states), self.ngroups, self.nheads, self.headdim, self.d_state, self.conv1d
         z0, x0, z, xBC, dt = self._project(hidden_states)  # (B, 1, ..)
         conv_state = torch.cat([conv_state[..., 1:], xBC.mT.to(conv_state)], 2)  # (B, C, k)
-        with no_autocast(hidden_states.device.type):
-            xBC = (conv_state * conv.weight[:, 0]).sum(-1)  # (B, C); a call of conv1d takes five times longer to set up
-            xBC = F.silu(xBC if conv.bias is None else xBC + conv.bias).to(ssm_state)
-            x, B, C = xBC.split([self.d_ssm, G * N, G * N], -1)
-            dt = discretise(dt, self.dt_bias, True, self.dt_limit).view(b, H, 1)
-            decay = torch.exp(dt * self.decay_rate()[:, None])[..., None]  # (B, H, 1, 1)
-            x, D = x.view(b, H, P), self.D.view(H, -1)
-            new = (x * dt).view(b, G, H // G, P, 1) * B.view(b, G, 1, 1, N)  # (B, G, R, P, N)
-            ssm_state = torch.addcmul(new.view(b, H, P, N), ssm_state, decay)
-            y = torch.bmm(ssm_state.view(b * G, -1, N), C.reshape(b * G, N, 1))  # (B G, R P, 1)
-            y = torch.addcmul(y.view(b, H, P), x, D).view(b, 1, H * P)
+        # products and sums keep float32 under autocast; a call of conv1d would take five times longer to set up
+        xBC = (conv_state * conv.weight[:, 0]).sum(-1)  # (B, C)
+        xBC = F.silu(xBC if conv.bias is None else xBC + conv.bias).to(ssm_state)
+        x, B, C = xBC.split([self.d_ssm, G * N, G * N], -1)
+        dt = discretise(dt, self.dt_bias, True, self.dt_limit)  # (B, 1, H)
+        decay = torch.exp(dt * self.decay_rate()).view(b, H, 1, 1)
+        x, D = x.view(b, H, P), self.D.view(H, -1)
+        new = (x * dt.view(b, H, 1)).view(b, G, H // G, P, 1) * B.view(b, G, 1, 1, N)  # (B, G, R, P, N)
+        ssm_state = torch.addcmul(new.view(b, H, P, N), ssm_state, decay)
+        y = (ssm_state.view(b, G, -1, N) * C.view(b, G, 1, N)).sum(-1)  # (B, G, R P)
+        y = torch.addcmul(y.view(b, H, P), x, D).view(b, 1, H * P)
         out = self._gate_and_project(y.to(z), z0, x0, z)
         return out.to(hidden_states), conv_state, ssm_state
 
