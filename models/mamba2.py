@@ -165,10 +165,12 @@ class Mamba2(nn.Module):
         """Whole, or block by block with the state carried. Returns (out, state), state None unless want_state."""
         fused = self._can_fuse(u, seq_idx)
         run = self._run_fused if fused else self._run_reference
-        T, steps = u.shape[1], max(TORCH_CHUNK, BLOCK_STEPS // max(1, len(u)) // TORCH_CHUNK * TORCH_CHUNK)
         training = torch.is_grad_enabled()
         in_blocks = self.checkpoint_blocks if training else fused
-        if T <= steps or not in_blocks or seq_idx is not None:
+        if not in_blocks or seq_idx is not None:
+            return run(u, valid, seq_idx, state, want_state)
+        T, steps = u.shape[1], max(TORCH_CHUNK, BLOCK_STEPS // max(1, len(u)) // TORCH_CHUNK * TORCH_CHUNK)
+        if T <= steps:
             return run(u, valid, seq_idx, state, want_state)
         out = None if training else torch.empty_like(u)
         outs = []
@@ -228,13 +230,13 @@ class Mamba2(nn.Module):
 
     def _with_inputs_before(self, xBC, conv_state) -> torch.Tensor:
         """(B, t, C) -> (B, k+t, C): the k inputs of the convolution before, then xBC"""
-        before = xBC.new_zeros(len(xBC), self.d_conv, self.xbc_dim) if conv_state is None else conv_state.mT
+        before = xBC.new_zeros(xBC.shape[0], self.d_conv, self.xbc_dim) if conv_state is None else conv_state.mT
         return torch.cat([before.to(xBC.dtype), xBC], 1)
 
     def step(self, hidden_states: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor):
         """One token (B, 1, d_model) and the states before it -> (B, 1, d_model) and, as new tensors, those after it."""
         # at one token the number of operations is what costs, beside reading the weights
-        b, G, H, P, N, conv = len(hidden_states), self.ngroups, self.nheads, self.headdim, self.d_state, self.conv1d
+        b, G, H, P, N, conv = hidden_states.shape[0], self.ngroups, self.nheads, self.headdim, self.d_state, self.conv1d
         z0, x0, z, xBC, dt = self._project(hidden_states)  # (B, 1, ..)
         conv_state = torch.cat([conv_state[..., 1:], xBC.mT.to(conv_state)], 2)  # (B, C, k)
         # products and sums keep float32 under autocast; a call of conv1d would take five times longer to set up

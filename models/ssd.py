@@ -167,23 +167,27 @@ def scan(x, dt, A, B, C, D, initial_states, segment, chunk_size, want_state, imp
     b, T, H, P = x.shape
     if T > 0 and resolve_impl(impl, x.device, x.dtype) == "mamba_ssm":
         return _scan_kernel(x, dt, A, B, C, D, initial_states, segment, chunk_size, want_state)
-    c = max(1, math.ceil(T / chunk_size))
-    Q = max(1, math.ceil(T / c))  # evenly spread, so that little is padded
+    any_length = isinstance(T, torch.SymInt)
+    if any_length:  # one graph for every T: nothing may be decided on it
+        c, Q = (T + chunk_size - 1) // chunk_size, chunk_size
+    else:
+        c = max(1, math.ceil(T / chunk_size))
+        Q = max(1, math.ceil(T / c))  # evenly spread, so that little is padded
     wide = widen(x)
     inputs = [wide, dt.to(wide), B.to(wide), C.to(wide)]
-    if c * Q > T:  # a step with dt = 0 neither decays nor feeds the state
+    if any_length or c * Q > T:  # a step with dt = 0 neither decays nor feeds the state
         inputs = [F.pad(t, (0, 0) * (t.ndim - 2) + (0, c * Q - T)) for t in inputs]
     chunks = [t.unflatten(1, (c, Q)) for t in inputs]
     if segment is not None:
         segment = segment[:, torch.arange(c * Q, device=x.device).clamp(max=T - 1)].unflatten(1, (c, Q))
-    y, state = _scan_chunks(*chunks, A, initial_states, segment, want_state)
-    y = y.flatten(1, 2)[:, :T]  # (B, T, H, P)
+    y, state = _scan_chunks(*chunks, A, initial_states, segment, want_state, any_length)
+    y = y.flatten(1, 2).narrow(1, 0, T)  # (B, T, H, P)
     if D is not None:
         y = y + x * (D if D.ndim == 2 else D[:, None])
     return y.to(x.dtype), state
 
 
-def _scan_chunks(x, dt, B, C, A, initial_states, segment, want_state):
+def _scan_chunks(x, dt, B, C, A, initial_states, segment, want_state, any_length):
     """x (B,c,Q,H,P), dt (B,c,Q,H), B and C (B,c,Q,G,N), segment (B,c,Q) or None -> y (B,c,Q,H,P), state (B,H,P,N)."""
     b, c, Q, H, P = x.shape
     G, N = B.shape[-2:]
@@ -196,7 +200,7 @@ def _scan_chunks(x, dt, B, C, A, initial_states, segment, want_state):
     # inside each chunk: attention-like, scores C_l . B_s shared by the R heads of a group
     scores = (C_ @ B_.mT)[:, :, :, None] * within.unflatten(2, (G, R))  # (B, c, G, R, Q, Q)
     y = (scores @ xdt).permute(0, 1, 4, 2, 3, 5)  # (B, c, Q, G, R, P)
-    if c == 1 and initial_states is None and not want_state:
+    if not any_length and c == 1 and initial_states is None and not want_state:
         return y.flatten(3, 4), None
     # what each chunk adds to the state, then the state that enters each chunk
     kept = xdt * within[..., -1, :].unflatten(2, (G, R))[..., None]  # (B, c, G, R, Q, P)
@@ -204,10 +208,19 @@ def _scan_chunks(x, dt, B, C, A, initial_states, segment, want_state):
     through = entering[..., -1].unflatten(2, (G, R)).repeat_interleave(P, dim=3)[:, :, :, None]  # (B, c, G, 1, R*P)
     state = x.new_zeros(b, H, P, N) if initial_states is None else initial_states.to(x.dtype)
     state, states = state.unflatten(1, (G, R)).permute(0, 1, 4, 2, 3).flatten(3), []  # (B, G, N, R*P)
-    for decay, new in zip(through.unbind(1), added.unbind(1), strict=True):  # indexing instead costs O(c^2) backwards
-        states.append(state)
-        state = decay * state + new
-    carried = (C_ @ torch.stack(states, 1)).unflatten(4, (R, P)).transpose(2, 3)  # (B, c, Q, G, R, P)
+    if any_length:  # the same recurrence with a chunk for a step, all at once: O(c^2), but no loop over a symbol
+        ends = None if segment is None else segment[:, None, :, -1]  # (B, 1, c)
+        between, since = (t[:, 0].unflatten(1, (G, R)) for t in decays(log_decay.sum(-1).mT[:, None], ends, x.dtype))
+        after = torch.einsum("bgrij,bjgnrp->bignrp", between, added.unflatten(4, (R, P)))
+        after = after + torch.einsum("bgri,bgnrp->bignrp", since, state.unflatten(3, (R, P)))
+        after = after.flatten(4)  # (B, c, G, N, R*P)
+        states, state = torch.cat([state[:, None], after[:, :-1]], 1), after[:, -1]
+    else:
+        for decay, new in zip(through.unbind(1), added.unbind(1), strict=True):  # indexing costs O(c^2) backwards
+            states.append(state)
+            state = decay * state + new
+        states = torch.stack(states, 1)
+    carried = (C_ @ states).unflatten(4, (R, P)).transpose(2, 3)  # (B, c, Q, G, R, P)
     y = y + carried * entering.unflatten(2, (G, R)).permute(0, 1, 4, 2, 3)[..., None]
     return y.flatten(3, 4), state.unflatten(3, (R, P)).permute(0, 1, 3, 4, 2).flatten(1, 2) if want_state else None
 
