@@ -241,7 +241,7 @@ class Mamba2(nn.Module):
         conv_state = torch.cat([conv_state[..., 1:], xBC.mT.to(conv_state)], 2)  # (B, C, k)
         # products and sums keep float32 under autocast; a call of conv1d would take five times longer to set up
         xBC = (conv_state * conv.weight[:, 0]).sum(-1)  # (B, C)
-        xBC = F.silu(xBC if conv.bias is None else xBC + conv.bias).to(ssm_state)
+        xBC = F.silu(xBC if conv.bias is None else xBC + conv.bias)
         x, B, C = xBC.split([self.d_ssm, G * N, G * N], -1)
         dt = discretise(dt, self.dt_bias, True, self.dt_limit)  # (B, 1, H)
         decay = torch.exp(dt * self.decay_rate()).view(b, H, 1, 1)
@@ -250,7 +250,7 @@ class Mamba2(nn.Module):
         ssm_state = torch.addcmul(new.view(b, H, P, N), ssm_state, decay)
         y = (ssm_state.view(b, G, -1, N) * C.view(b, G, 1, N)).sum(-1)  # (B, G, R P)
         y = torch.addcmul(y.view(b, H, P), x, D).view(b, 1, H * P)
-        out = self._gate_and_project(y.to(z), z0, x0, z)
+        out = self._gate_and_project(y, z0, x0, z)
         return out.to(hidden_states), conv_state, ssm_state
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int = 0, dtype: torch.dtype | None = None):

@@ -71,7 +71,7 @@ def _forward(zxbcdt, w: Weights, window, state, valid, s: Sizes, want_state, y=N
             carried = None if state is None else _by_group(state[rows], s)
         if entering is not None:
             entering.append(carried)
-        block = _Block(zxbcdt[rows], start, stop, Q, _of(window, rows), _of(valid, rows), w, s)
+        block = _Block(zxbcdt[rows], start, stop, Q, _of(window, rows), _of(valid, rows), w, s, once=y is None)
         here = (rows, slice(start, stop))
         scanned = out[here] if y is None else y[here]
         carried = block.scan(carried, scanned, want_state or stop < T)
@@ -151,9 +151,10 @@ class _Block:
     a tensor or view (c, b, H, Q, ..), heads first; gf one of (c, b, G, Q, R, ..), where the heads of a group share a row.
     """
 
-    def __init__(self, zxbcdt, start, stop, Q, window, valid, w: Weights, s: Sizes, computed=None):
-        """computed: the tensors of that name of an earlier block of the same steps, to save their computation."""
-        self.w, self.s, self.valid = w, s, None if valid is None else valid[:, start:stop, None]
+    def __init__(self, zxbcdt, start, stop, Q, window, valid, w: Weights, s: Sizes, computed=None, once=False):
+        """computed: the tensors of that name of an earlier block of the same steps, to save their computation.
+        once: no backward pass will follow, so what is not needed again is overwritten, z in zxbcdt too."""
+        self.w, self.s, self.once, self.valid = w, s, once, None if valid is None else valid[:, start:stop, None]
         b, H, P, G, N = len(zxbcdt), s.nheads, s.headdim, s.ngroups, s.d_state
         d, c, R = H * P, (stop - start) // Q, H // G
         self.shape = b, c, Q, H, P, G, R, N
@@ -162,7 +163,7 @@ class _Block:
             before = _inputs_before(zxbcdt[..., d:-H], start, window, w.conv.shape[-1])
             rows = xBC if before is None else torch.cat([before, xBC], 1)  # (b, k-1+t, C)
             conv = depthwise(rows, w.conv, w.conv_bias)  # (b, t, C)
-            computed = rows, conv, F.silu(conv), *self._step_sizes(dt)
+            computed = rows, conv, F.silu(conv, inplace=once), *self._step_sizes(dt)
         self.rows, self.conv, act, self.raw_dt, dt, self.within, self.entering = computed[:7]
         x, B, C = act.view(b, c, Q, -1).split([d, G * N, G * N], -1)
         self.x_hf = x.view(b, c, Q, H, P).permute(1, 0, 3, 2, 4)
@@ -242,7 +243,7 @@ class _Block:
 
     def gate_and_norm(self, y, out) -> None:
         """y, out (b, t, d), which may be one tensor"""
-        torch.mul(y, F.silu(self.z), out=out)
+        torch.mul(y, F.silu(self.z, inplace=self.once), out=out)
         if self.w.norm is not None:
             groups = out.view(*out.shape[:2], self.s.ngroups, -1)
             groups.mul_(self._norm_scale(groups))
