@@ -2,15 +2,16 @@
 
 Which implementation (`impl`) runs when; the numbers are the same, to rounding:
 
-    torch      the default wherever the CUDA kernels are missing. On CPUs the inside of the block is
-               models/mamba2_fused.py, 1.2 to 1.4 times the speed of `reference` and half its memory; for packed
-               sequences, norm_before_gate, d_ssm < d_inner, torch.compile, export and other devices it is `reference`.
-    reference  autograd over the operations as they are written below: to read, for higher derivatives and torch.func
-    mamba_ssm  mamba_ssm's Triton kernels: NVIDIA, float32 and lower
+    torch      the default wherever the CUDA kernels are missing. On CPUs, in float32 and float64, the inside of the
+               block is models/mamba2_fused.py: up to 1.4 times the speed of `reference` and a third of its memory. It
+               is `reference` for packed sequences, norm_before_gate, d_ssm < d_inner, autocast and half precision, on
+               other devices, and under torch.compile, export, jit.trace and torch.func.
+    reference  autograd over the operations as they are written below: to read, and for second derivatives
+    mamba_ssm  mamba_ssm's Triton kernels: NVIDIA, float32 and lower; torch.compile leaves them out of its graph
     auto       mamba_ssm where it can run, else torch
 
-Long inputs are worked on in blocks of 1024 steps when no gradient is wanted, so memory does not grow with T; with
-`checkpoint_blocks` training does the same and recomputes each block in the backward pass.
+On CPUs long inputs are worked on in blocks of 1024 steps when no gradient is wanted (not with seq_idx), so the memory of
+inference is that of its input and output; `checkpoint_blocks` does it in training, where each block is computed again.
 Shapes: B batch, T time, D model width, H heads, P channels of a head (headdim), G groups, N state size (d_state),
 k taps of the convolution (d_conv), C = d_ssm + 2 G N its channels. Recurrence: models/ssd.py.
 Parity: state-spaces/mamba mamba_ssm/modules/mamba2.py@e9594ce: argument and parameter names, shapes, numbers and
@@ -29,6 +30,7 @@ from models.ssd import (
     IMPLS,
     NO_LIMIT,
     TORCH_CHUNK,
+    WIDE,
     check_shapes,
     discretise,
     no_autocast,
@@ -41,6 +43,12 @@ from models.ssd import describe_impl as describe_impl
 from models.ssd import ssd_scan as ssd_scan
 
 BLOCK_STEPS = 1024  # of the whole batch together, worked on at a time without gradients or with checkpoint_blocks
+
+
+def _being_recorded() -> bool:
+    """torch.compile, export, jit.trace or a transform of torch.func is looking: plain operations only."""
+    transformed = torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed
 
 
 class GatedRMSNorm(nn.RMSNorm):
@@ -63,7 +71,7 @@ class Mamba2(nn.Module):
     Arguments are upstream's; use_mem_eff_path and layer_idx change nothing here. impl: see the top of this file.
     chunk_size changes the speed, never the result: the kernels take it rounded up to a power of two, plain PyTorch
     takes min(chunk_size, 64) and spreads the chunks evenly over the sequence. checkpoint_blocks: train in blocks of
-    1024 steps that the backward pass computes again, a fifth of the memory for a third more time (not with seq_idx).
+    1024 steps that the backward pass computes again, a seventh of the memory for a third more time (not with seq_idx).
     dt_bias, A_log and D carry `_no_weight_decay = True` for the optimizer's parameter groups.
     Raises ValueError when headdim does not divide d_ssm, or ngroups the number of heads.
     """
@@ -163,10 +171,9 @@ class Mamba2(nn.Module):
 
     def _run(self, u, valid, seq_idx, state, want_state):
         """Whole, or block by block with the state carried. Returns (out, state), state None unless want_state."""
-        fused = self._can_fuse(u, seq_idx)
+        fused, training = self._can_fuse(u, seq_idx), torch.is_grad_enabled()
         run = self._run_fused if fused else self._run_reference
-        training = torch.is_grad_enabled()
-        in_blocks = self.checkpoint_blocks if training else fused
+        in_blocks = self.checkpoint_blocks if training else u.device.type == "cpu" and not _being_recorded()
         if not in_blocks or seq_idx is not None:
             return run(u, valid, seq_idx, state, want_state)
         T, steps = u.shape[1], max(TORCH_CHUNK, BLOCK_STEPS // max(1, len(u)) // TORCH_CHUNK * TORCH_CHUNK)
@@ -186,8 +193,8 @@ class Mamba2(nn.Module):
 
     def _can_fuse(self, u, seq_idx) -> bool:
         by_gate = self.d_mlp == 0 and (self.norm is None or not self.norm_before_gate)
-        exact = u.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(u.device.type)
-        here = u.device.type == "cpu" and u.numel() > 0 and seq_idx is None and not torch.compiler.is_compiling()
+        exact = u.dtype in WIDE and not torch.is_autocast_enabled(u.device.type)
+        here = u.device.type == "cpu" and u.numel() > 0 and seq_idx is None and not _being_recorded()
         return by_gate and exact and here and resolve_impl(self.impl, u.device, u.dtype) == "torch"
 
     def _run_fused(self, u, valid, seq_idx, state, want_state):
@@ -248,7 +255,7 @@ class Mamba2(nn.Module):
         x, D = x.view(b, H, P), self.D.view(H, -1)
         new = (x * dt.view(b, H, 1)).view(b, G, H // G, P, 1) * B.view(b, G, 1, 1, N)  # (B, G, R, P, N)
         ssm_state = torch.addcmul(new.view(b, H, P, N), ssm_state, decay)
-        y = (ssm_state.view(b, G, -1, N) * C.view(b, G, 1, N)).sum(-1)  # (B, G, R P)
+        y = (ssm_state.view(b, G, H // G * P, N) * C.view(b, G, 1, N)).sum(-1)  # (B, G, R P)
         y = torch.addcmul(y.view(b, H, P), x, D).view(b, 1, H * P)
         out = self._gate_and_project(y, z0, x0, z)
         return out.to(hidden_states), conv_state, ssm_state

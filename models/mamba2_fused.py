@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from models.ssd import no_autocast
+
 BLOCK = 512  # steps, of all sequences of a block together: 1 MB for a temporary of width 512
 
 
@@ -92,8 +94,14 @@ class _Core(torch.autograd.Function):
         return out, end
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dend):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise NotImplementedError("Mamba2: the CPU path has first derivatives only; use Mamba2(impl='reference')")
+        with no_autocast(dout.device.type):
+            return _Core._backward(ctx, dout, dend)
+
+    @staticmethod
+    def _backward(ctx, dout, dend):
         saved = ctx.saved_tensors  # once: unpacking may mean computing again
         (zxbcdt, *w, window, state, valid, y), computed, entering = saved[:11], saved[11:21], saved[21:]
         w, s, T = Weights(*w), ctx.s, zxbcdt.shape[1]
@@ -153,8 +161,8 @@ class _Block:
 
     def __init__(self, zxbcdt, start, stop, Q, window, valid, w: Weights, s: Sizes, computed=None, once=False):
         """computed: the tensors of that name of an earlier block of the same steps, to save their computation.
-        once: no backward pass will follow, so what is not needed again is overwritten, z in zxbcdt too."""
-        self.w, self.s, self.once, self.valid = w, s, once, None if valid is None else valid[:, start:stop, None]
+        once: no backward pass will follow, so what is not needed again is overwritten."""
+        self.w, self.s, self.valid = w, s, None if valid is None else valid[:, start:stop, None]
         b, H, P, G, N = len(zxbcdt), s.nheads, s.headdim, s.ngroups, s.d_state
         d, c, R = H * P, (stop - start) // Q, H // G
         self.shape = b, c, Q, H, P, G, R, N
@@ -243,7 +251,7 @@ class _Block:
 
     def gate_and_norm(self, y, out) -> None:
         """y, out (b, t, d), which may be one tensor"""
-        torch.mul(y, F.silu(self.z, inplace=self.once), out=out)
+        torch.mul(y, F.silu(self.z), out=out)
         if self.w.norm is not None:
             groups = out.view(*out.shape[:2], self.s.ngroups, -1)
             groups.mul_(self._norm_scale(groups))
@@ -266,78 +274,19 @@ class _Block:
         dz, dxBC, draw_dt = dzxbcdt.split([d, d + 2 * G * N, H], -1)
         dy = self._gate_and_norm_backward(y, dout, dz, dw)  # (b, t, d)
         dy_hf = self.heads_first(dy)
-        dact = torch.empty_like(self.conv)
-        dx, dB_nat, dC_nat = dact.view(b, c, Q, -1).split([d, G * N, G * N], -1)
-        # the skip
-        x = self.x_hf.permute(1, 0, 3, 2, 4)  # (b, c, Q, H, P)
-        dw.D.add_((dy.view(b, c, Q, H, P) * x).sum((0, 1, 2)).flatten())
-        # inside the chunks
-        dys = torch.empty_like(self.xdt).copy_(dy_hf).view(-1, Q, P)
-        dmixing = torch.bmm(dys, self.xdt.view(-1, Q, P).mT)  # (n H, Q, Q)
-        dxdt = torch.bmm(self.mixing.mT, dys).view(c, b, H, Q, P)
-        dmixing = dmixing.mul_(self.within.view(-1, Q, Q)).view(-1, R, Q, Q)
-        dscores = dmixing.sum(1).tril_()  # (n G, Q, Q)
-        dC, dB = torch.bmm(dscores, self.B), torch.bmm(dscores.mT, self.C)  # (n G, Q, N)
-        exact = dmixing.mul_(self.scores).double()  # of log(within); its rows and columns cancel
-        da = (exact.sum(-1) - exact.sum(-2)).view(c, b, H, Q)
-        del dmixing, exact
-        # through the states: chunks first.. are entered by one that is not zero, from chunks ..last one gets a gradient
-        first, last = (0 if carried is not None else 1), (c if dcarried is not None else c - 1)
-        if first < c or last > 0:
-            kept = self.keep()
-            states = self.states(carried, kept, c)
-            dstates = kept.new_empty(c + 1, b * G, N, R, P)  # of the states that enter the chunks, and of the one after
-            each = dstates.unbind(0)
-            if dcarried is not None:
-                each[c].copy_(dcarried)
-            one, two, flat = first * b * G, last * b * G, (-1, N, R * P)
-            if first < c:
-                entering = self.groups_first(self.entering[..., None])[first:]
-                dgiven = kept.new_empty(c - first, b, G, Q, R, P)
-                torch.mul(self.groups_first(dy_hf)[first:], entering, out=dgiven)
-                dgiven = dgiven.view(-1, Q, R * P)
-                torch.bmm(self.C[one:].mT, dgiven, out=dstates[first:c].view(flat))
-                entered = states[first:].view(flat)
-                dC[one:].baddbmm_(dgiven, entered.mT)
-                da[first:] += self._sum_channels(torch.bmm(self.C[one:], entered).mul_(dgiven))
-            for i in range(last - 1, first - 1, -1):
-                each[i].addcmul_(each[i + 1], self.through[i])
-            if last > 0:
-                dleft = dstates[1 : last + 1].view(flat)
-                dB[:two].baddbmm_(kept.view(-1, Q, R * P)[:two], dleft.mT)
-                dkept = torch.bmm(self.B[:two], dleft).view(last, b, G, Q, R, P)
-                leaving = self.groups_first(self.leaving[..., None])[:last]
-                self.groups_first(dxdt)[:last].addcmul_(dkept, leaving)
-                dleaving = self._sum_channels(dkept.mul_(kept[:last]))  # (.., b, H, Q)
-                da[:last] -= dleaving
-                da[:last, ..., -1] += dleaving.sum(-1)
-            if first < last:
-                dthrough = (
-                    (states[first:last] * dstates[first + 1 : last + 1])
-                    .sum((2, 4))
-                    .mul_(self.through[first:last, :, 0, :, 0])
-                )
-                da[first:last, ..., -1] += dthrough.view(-1, b, H)
-            dcarried = None if carried is None else each[0].clone()
-            del states, dstates, each
-        # step sizes
-        ddt = (dxdt * self.x_hf).sum(-1)  # (c, b, H, Q)
-        dsteps = da.flip(-1).cumsum(-1).flip(-1)  # of dt A
-        dw.A.add_((dsteps * self.dt_hf).sum((0, 1, 3)))
-        ddt = (ddt + dsteps * self.w.A[:, None]).permute(1, 0, 3, 2).reshape(b, c * Q, H)
-        ddt = ddt * self.raw_dt.sigmoid()
-        low, high = self.s.dt_limit
-        if (low, high) != (0.0, math.inf):
-            softplus = F.softplus(self.raw_dt)
-            ddt = ddt * ((softplus >= low) & (softplus <= high))
-        draw_dt.copy_(ddt if self.valid is None else ddt * self.valid)
+        dxdt, dB, dC, da = self._inside_backward(dy_hf)
+        dcarried = self._states_backward(carried, dcarried, dy_hf, dxdt, dB, dC, da)
+        draw_dt.copy_(self._step_sizes_backward(dxdt, da, dw))
         dw.dt_bias.add_(draw_dt.sum((0, 1)))
-        # x, B, C through silu and convolution
-        dx = dx.view(b, c, Q, H, P)
+        # x, B, C: side by side, then through silu and convolution
+        dact = torch.empty_like(self.conv)
+        dx, *dBC = dact.view(b, c, Q, -1).split([d, G * N, G * N], -1)
+        dx, dy, x = dx.view(b, c, Q, H, P), dy.view(b, c, Q, H, P), self.x_hf.permute(1, 0, 3, 2, 4)
         torch.mul(dxdt, self.dt_hf[..., None], out=dx.permute(1, 0, 3, 2, 4))
-        dx.addcmul_(dy.view(b, c, Q, H, P), self.w.D.view(H, P))
-        for natural, grad in ((dB_nat, dB), (dC_nat, dC)):
-            natural.view(b, c, Q, G, N).copy_(grad.view(c, b, G, Q, N).permute(1, 0, 3, 2, 4))
+        dx.addcmul_(dy, self.w.D.view(H, P))
+        dw.D.add_((dy * x).sum((0, 1, 2)).flatten())
+        for side, grad in zip(dBC, (dB, dC), strict=True):
+            side.view(b, c, Q, G, N).copy_(grad.view(c, b, G, Q, N).permute(1, 0, 3, 2, 4))
         torch.ops.aten.silu_backward.grad_input(dact, self.conv, grad_input=dact)
         drows = self._depthwise_backward(dact, dw)  # (b, k-1+t, C)
         if dafter is not None:
@@ -345,6 +294,68 @@ class _Block:
         before = drows.shape[1] - c * Q
         dxBC.copy_(drows[:, before:])
         return dcarried, drows[:, :before]
+
+    def _inside_backward(self, dy_hf):
+        """Inside the chunks: dy hf -> gradients of dt x hf, B and C (n G, Q, N), and a (c, b, H, Q) float64"""
+        b, c, Q, H, P, G, R, N = self.shape
+        dys = torch.empty_like(self.xdt).copy_(dy_hf).view(-1, Q, P)
+        dmixing = torch.bmm(dys, self.xdt.view(-1, Q, P).mT)  # (n H, Q, Q)
+        dxdt = torch.bmm(self.mixing.mT, dys).view(c, b, H, Q, P)
+        dmixing = dmixing.mul_(self.within.view(-1, Q, Q)).view(-1, R, Q, Q)
+        dscores = dmixing.sum(1).tril_()  # (n G, Q, Q)
+        dC, dB = torch.bmm(dscores, self.B), torch.bmm(dscores.mT, self.C)
+        exact = dmixing.mul_(self.scores).double()  # of log(within); its rows and columns cancel
+        return dxdt, dB, dC, (exact.sum(-1) - exact.sum(-2)).view(c, b, H, Q)
+
+    def _states_backward(self, carried, dcarried, dy_hf, dxdt, dB, dC, da):
+        """Through the states: adds to dxdt, dB, dC, da; returns the gradient of the state before the block."""
+        b, c, Q, H, P, G, R, N = self.shape
+        # chunks first.. are entered by a state that is not zero, the state after chunks ..last - 1 has a gradient
+        first, last = (0 if carried is not None else 1), (c if dcarried is not None else c - 1)
+        if first == c and last == 0:
+            return None
+        kept = self.keep()
+        states = self.states(carried, kept, c)
+        dstates = kept.new_empty(c + 1, b * G, N, R, P)  # of the states that enter the chunks, and of the one after
+        each = dstates.unbind(0)
+        if dcarried is not None:
+            each[c].copy_(dcarried)
+        one, two, flat = first * b * G, last * b * G, (-1, N, R * P)
+        if first < c:
+            dgiven = kept.new_empty(c - first, b, G, Q, R, P)
+            entering = self.groups_first(self.entering[..., None])[first:]
+            dgiven = torch.mul(self.groups_first(dy_hf)[first:], entering, out=dgiven).view(-1, Q, R * P)
+            torch.bmm(self.C[one:].mT, dgiven, out=dstates[first:c].view(flat))
+            entered = states[first:].view(flat)
+            dC[one:].baddbmm_(dgiven, entered.mT)
+            da[first:] += self._sum_channels(torch.bmm(self.C[one:], entered).mul_(dgiven))
+        for i in range(last - 1, first - 1, -1):
+            each[i].addcmul_(each[i + 1], self.through[i])
+        if last > 0:
+            dleft = dstates[1 : last + 1].view(flat)
+            dB[:two].baddbmm_(kept.view(-1, Q, R * P)[:two], dleft.mT)
+            dkept = torch.bmm(self.B[:two], dleft).view(last, b, G, Q, R, P)
+            self.groups_first(dxdt)[:last].addcmul_(dkept, self.groups_first(self.leaving[..., None])[:last])
+            dleaving = self._sum_channels(dkept.mul_(kept[:last]))  # (last, b, H, Q)
+            da[:last] -= dleaving
+            da[:last, ..., -1] += dleaving.sum(-1)
+        if first < last:
+            dthrough = (states[first:last] * dstates[first + 1 : last + 1]).sum((2, 4))
+            da[first:last, ..., -1] += dthrough.mul_(self.through[first:last, :, 0, :, 0]).view(-1, b, H)
+        return None if carried is None else each[0].clone()
+
+    def _step_sizes_backward(self, dxdt, da, dw: Weights):
+        """Adds to dw.A; returns the gradient of dt before the bias (b, t, H)."""
+        b, c, Q, H, *_ = self.shape
+        dsteps = da.flip(-1).cumsum(-1).flip(-1)  # (c, b, H, Q), of dt A
+        dw.A.add_((dsteps * self.dt_hf).sum((0, 1, 3)))
+        ddt = (dxdt * self.x_hf).sum(-1) + dsteps * self.w.A[:, None]
+        ddt = ddt.permute(1, 0, 3, 2).reshape(b, c * Q, H) * self.raw_dt.sigmoid()
+        low, high = self.s.dt_limit
+        if (low, high) != (0.0, math.inf):
+            softplus = F.softplus(self.raw_dt)
+            ddt = ddt * ((softplus >= low) & (softplus <= high))
+        return ddt if self.valid is None else ddt * self.valid
 
     def _sum_channels(self, m: torch.Tensor) -> torch.Tensor:
         """(m b G, Q, R P) or gf -> (.., b, H, Q) float64: the sum over the channels of a head"""

@@ -13,6 +13,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import math
+import re
 import sys
 import types
 
@@ -40,7 +41,7 @@ def load_kernel():
     if spec is None:
         raise ImportError("mamba_ssm is not installed")
     version = importlib.metadata.version("mamba_ssm")
-    if tuple(int(part) for part in version.split(".")[:3]) < (2, 2, 3):
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:3]) < (2, 2, 3):  # 2.2.4+cu12torch2.5, 2.3.0rc1
         raise ImportError(f"mamba_ssm {version} has wrong gradients for A (fixed in 2.2.3)")
     bare = types.ModuleType("mamba_ssm")
     bare.__path__, bare.__spec__ = list(spec.submodule_search_locations), spec  # without a spec find_spec raises

@@ -1,6 +1,6 @@
 """Everything that needs a GPU in one go: runs the smoke, overfit and bench scripts on CUDA and prints one table.
 
-python smoke/smoke_gpu.py            # a few minutes; paste the table into LOG.md
+python smoke/smoke_gpu.py            # about 20 minutes, half of them compiling; paste the table into LOG.md
 """
 
 import argparse

@@ -253,6 +253,59 @@ def test_hand_written_runs_where_it_can(monkeypatch):
     assert not called
 
 
+def test_hand_written_over_batches_of_sequences():
+    """More sequences than a block takes, with and without a remainder of sequences and of steps."""
+    for b, T in ((20, 64), (9, 130), (5, 200)):
+        results = []
+        for impl in ("reference", "torch"):
+            torch.manual_seed(T)
+            block, u = make(impl=impl), torch.randn(b, T, 16, dtype=torch.float64, requires_grad=True)
+            y, end = block(u, return_final_state=True)
+            results.append((y, *end, *gradients(block, y.sin().sum() + end[1].sin().sum(), u)))
+        assert_same(results[1], results[0], 1e-10)
+
+
+@pytest.mark.filterwarnings("ignore")  # jit.trace is deprecated and warns of every constant
+def test_recorded_and_transformed_calls_take_plain_operations():
+    """jit.trace must not bake the blocks of one length in, torch.func needs operations that it knows."""
+    block, u = make(), torch.randn(2, 100, 16, dtype=torch.float64)
+    want = block(u)
+    assert_same(torch.func.vmap(lambda one: block(one[None])[0])(u), want)
+    _, slope = torch.func.jvp(block, (u,), (torch.ones_like(u),))
+    assert slope.isfinite().all()
+    with torch.no_grad():
+        traced = torch.jit.trace(block, u, check_trace=False)
+        assert_same(traced(u), want)
+        with pytest.raises(RuntimeError):  # another length is refused
+            traced(u[:, :60])
+
+
+def test_second_derivatives():
+    block, u = make(impl="torch"), torch.randn(1, 5, 16, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="impl='reference'"):
+        torch.autograd.grad(block(u).sum(), u, create_graph=True)
+    block = make(impl="reference", d_model=4, headdim=2, d_state=2)
+    assert torch.autograd.gradgradcheck(block, torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True))
+
+
+def test_backward_where_autocast_is_on():
+    """A float32 island inside autocast: the projections' gradients are then torch's business, the rest stays float32."""
+    block, u = make(dtype=torch.float32), torch.randn(1, 100, 16, requires_grad=True)
+    want = torch.autograd.grad(block(u).sum(), u)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", enabled=False):
+            y = block(u)
+        assert_same(torch.autograd.grad(y.sum(), u)[0], want, 2e-2)
+
+
+def test_hooks_see_what_the_projections_gave():
+    block, u, seen = make(), torch.randn(2, 100, 16, dtype=torch.float64), []
+    block.in_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        block(u)
+        assert torch.equal(seen[0], torch.nn.functional.linear(u, block.in_proj.weight))
+
+
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_block_gradcheck(impl):
     """Groups, chunks of 4 with a remainder, initial and final states."""
@@ -306,7 +359,7 @@ def test_strong_decay_trains(impl, decay, scale):
 
 
 def test_half_precision_over_8192_steps():
-    """bf16 inputs and projections, float32 decays: no overflow, and the error against float64 that the README states."""
+    """bf16 projections, float32 from the convolution to the gate: no overflow, and near float64."""
     block, u = make(dtype=torch.float32, A_init_range=(0.001, 1)), torch.randn(1, 8192, 16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         got, (_, state) = block(u, return_final_state=True)
@@ -352,6 +405,7 @@ def test_memory_stays_within_its_bars():
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peaks are read from /proc/self")
     assert bench.measure("ours", "forward", 32768) <= 200e6
+    assert bench.measure("reference", "forward", 32768) <= 200e6  # in blocks as well
     for name, bar in (("ours", 60e3), ("checkpoint_blocks", 12e3)):
         assert bench.measure(name, "training", 8192) - bench.measure(name, "training", 4096) <= 4096 * bar
     assert bench.measure("ours", "stream", 2000) <= 3e6
@@ -452,6 +506,9 @@ def test_shortest_sequences(T):
     assert y.shape == (2, T, 16)
     if T == 0:
         assert_same(end, start, 0)
+    else:
+        nobody = block.step(u[:0], *block.allocate_inference_cache(0))
+        assert [len(t) for t in nobody] == [0, 0, 0]
     assert all(g.isfinite().all() for g in gradients(block, y.sum() + end[0].sum() + end[1].sum(), *start))
     assert ssd_scan(**scan_inputs(T=T)).shape == (2, T, 4, 3)
 
@@ -568,9 +625,10 @@ def clean_kernel_cache():
 KERNEL = "def mamba_chunk_scan_combined(): pass"
 
 
-def test_kernels_import_without_the_compiled_extension(tmp_path, monkeypatch, clean_kernel_cache):
+@pytest.mark.parametrize("version", ["2.3.2.post1", "2.2.4+cu12torch2.5", "2.3.0rc1", "3.0"])
+def test_kernels_import_without_the_compiled_extension(tmp_path, monkeypatch, clean_kernel_cache, version):
     """Released wheels fail in __init__ when their CUDA extension is absent; the kernels are found all the same."""
-    fake_package(tmp_path, monkeypatch, "import no_such_extension_abc", KERNEL, "2.3.2.post1")
+    fake_package(tmp_path, monkeypatch, "import no_such_extension_abc", KERNEL, version)
     assert ssd.load_kernel().__name__ == "mamba_chunk_scan_combined"
     assert importlib.util.find_spec("mamba_ssm") is not None  # others may still ask
     assert resolve_impl("auto", torch.device("cuda")) == "mamba_ssm"
