@@ -84,7 +84,7 @@ def java_tokenizer(captions: list[str]):
         return None, "no java on the PATH" if spec else "pycocoevalcap is not installed"
     jar = Path(next(iter(spec.submodule_search_locations))) / JAVA_JAR
     command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
-    text = "\n".join(captions)
+    text = "\n".join(captions) + "\n"
     return lambda: subprocess.run(command, input=text, text=True, capture_output=True, check=True), ""
 
 

@@ -32,7 +32,7 @@ BELONGS = {  # folder -> the modules that live there
     "data": """video video_index peak_files peak_labels cutaways rally rally_play rally_pictures ball_labels rendered_ball coco_captions caption_vocab coco_panoptic
         coco_instances sa1b refcoco cityscapes davis ytvis vipseg moving_shapes task_mixture rgbd_folder scannet
         superpoints rooms vessels referring_manifest check_dataset""",
-    "utils": "run weights masks overlay plots",
+    "utils": "run weights masks overlay plots ptb_tokenizer caption_metrics caption_metrics_other",
     "train": "train",
     "eval": "compare_runs",
 }
