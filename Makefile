@@ -60,6 +60,8 @@ smoke: setup
 
 bench: setup
 	$(PY) smoke/bench_mamba.py
+	$(PY) smoke/bench_mamba.py --memory
+	$(PY) smoke/bench_caption_reward.py
 
 gpu-check: setup
 	$(PY) -m pytest -q -m gpu

@@ -1,6 +1,6 @@
 """Time Mamba2 beside its peers in one process: transformers' torch path with the same weights, GRU, Transformer layer.
 
-python smoke/bench_mamba.py                                            # all shapes, one thread: 12 min
+python smoke/bench_mamba.py                                            # all shapes, one thread: 8 min
 python smoke/bench_mamba.py --shapes 8,64,128 1,1024,256 --threads 1 2
 python smoke/bench_mamba.py --device cuda --dtype bf16 --impl mamba_ssm --shapes 8,64,128
 
@@ -310,7 +310,11 @@ def main(argv=None) -> None:
             "--memory measures float32 on one CPU thread: leave --device, --dtype, --impl, --threads out"
         )
     if args.one:
-        print(measure_here(args.one[0], args.one[1], int(args.one[2])))
+        name, kind, steps = args.one
+        if name not in MEASURED or kind not in ("forward", "training", "stream") or not steps.isdigit() or steps == "0":
+            expected = f"one of {', '.join(MEASURED)}, then forward, training or stream, then steps >= 1"
+            raise run.UserError(f"--one {' '.join(args.one)}: expected {expected}")
+        print(measure_here(name, kind, int(steps)))
         return
     args.device = "cpu" if args.memory else args.device
     r = run.start(args, argv)

@@ -69,6 +69,18 @@ def load_script(name: str):
     return script
 
 
+@torch.no_grad()
+def assert_steps_are_forward(block, u):
+    """Outputs and final states of step() in a loop and of one forward pass, to 5e-6"""
+    want, end = block(u, return_final_state=True)
+    state, rows = block.allocate_inference_cache(len(u)), []
+    for token in u.split(1, dim=1):
+        y, *state = block.step(token, *state)
+        rows.append(y)
+    assert_same(torch.cat(rows, 1), want, 5e-6)
+    assert_same(state, end, 5e-6)
+
+
 def gradients(block, out, *others):
     return torch.autograd.grad(out, [*block.parameters(), *others], allow_unused=True, materialize_grads=True)
 
@@ -326,14 +338,7 @@ def test_block_gradcheck(impl):
 def test_chunked_is_step_by_step_over_4096_steps(impl):
     """float32; the state of weakly decaying heads remembers most of them."""
     block, u = make(dtype=torch.float32, impl=impl, A_init_range=(0.001, 4)), torch.randn(1, 4096, 16)
-    with torch.no_grad():
-        want, end = block(u, return_final_state=True)
-        state, rows = block.allocate_inference_cache(1), []
-        for token in u.split(1, dim=1):
-            y, *state = block.step(token, *state)
-            rows.append(y)
-    assert_same(torch.cat(rows, 1), want, 5e-6)
-    assert_same(state, end, 5e-6)
+    assert_steps_are_forward(block, u)
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
@@ -414,14 +419,7 @@ def test_memory_stays_within_its_bars():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_step_is_forward(name):
     block, u = make(dtype=torch.float32, **VARIANTS[name]), torch.randn(3, 70, 16)
-    with torch.no_grad():
-        want, end = block(u, return_final_state=True)
-        state, rows = block.allocate_inference_cache(3), []
-        for token in u.split(1, dim=1):
-            y, *state = block.step(token, *state)
-            rows.append(y)
-    assert_same(torch.cat(rows, 1), want, 5e-6)
-    assert_same(state, end, 5e-6)
+    assert_steps_are_forward(block, u)
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
