@@ -89,7 +89,7 @@ class _Core(torch.autograd.Function):
         w, entering = Weights(conv, conv_bias, dt_bias, A, D, norm), []
         y = zxbcdt.new_empty(*zxbcdt.shape[:2], s.nheads * s.headdim)
         out, end, computed = _forward(zxbcdt, w, window, state, valid, s, want_state, y, entering)
-        ctx.s = s
+        ctx.s, ctx.computed = s, len(computed)
         ctx.save_for_backward(zxbcdt, *w, window, state, valid, y, *computed, *entering)
         return out, end
 
@@ -103,7 +103,9 @@ class _Core(torch.autograd.Function):
     @staticmethod
     def _backward(ctx, dout, dend):
         saved = ctx.saved_tensors  # once: unpacking may mean computing again
-        (zxbcdt, *w, window, state, valid, y), computed, entering = saved[:11], saved[11:21], saved[21:]
+        inputs = 5 + len(Weights._fields)
+        zxbcdt, *w, window, state, valid, y = saved[:inputs]
+        computed, entering = saved[inputs : inputs + ctx.computed], saved[inputs + ctx.computed :]
         w, s, T = Weights(*w), ctx.s, zxbcdt.shape[1]
         dzxbcdt = torch.empty_like(zxbcdt)
         dw = Weights(*(None if t is None else torch.zeros_like(t) for t in w))
