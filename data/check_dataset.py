@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     g = p.add_argument_group("as in train/train.py")
     g.add_argument("--seed", type=int, default=0, help="seeds weights, batch order and augmentation")
-    g.add_argument("--batch-size", type=int, default=4, help="clips per process and step")
+    g.add_argument("--batch-size", type=int, default=4, help="items per process and step")
     g.add_argument("--classes", default=None, help="comma-separated labels to learn (default: all in --data)")
     g.add_argument("--frames", default=None, metavar="A:B", help="train on frames A..B-1 of every video")
     g.add_argument("--clips", type=int, default=1000, help="clips per epoch")

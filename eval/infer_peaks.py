@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N | mps")
     p.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="autocast type; weights stay fp32")
     p.add_argument("--seed", type=int, default=0, help="seeds weights, batch order and augmentation")
-    p.add_argument("--batch-size", type=int, default=4, help="clips per process and step")
+    p.add_argument("--batch-size", type=int, default=4, help="items per process and step")
     p.add_argument("--impl", default="auto", choices=["auto", "torch", "reference", "mamba_ssm"],
                    help="Mamba2 implementation: auto takes the CUDA kernels where they import, else torch")  # fmt: skip
     p.add_argument("--overlap", type=float, default=0.5, help="share of a window that the next one sees again, 0..0.95")

@@ -27,7 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N | mps")
     p.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="autocast type; weights stay fp32")
     p.add_argument("--seed", type=int, default=0, help="seeds weights, batch order and augmentation")
-    p.add_argument("--batch-size", type=int, default=4, help="clips per process and step")
+    p.add_argument("--batch-size", type=int, default=4, help="items per process and step")
     p.add_argument("--steps", type=int, default=120, help="most optimizer steps; stops early below --target")
     p.add_argument("--target", type=float, default=0.01, help="loss that counts as overfitted")
     p.add_argument("--encoder", default="resnet18", choices=ENCODERS, help="tiny: three blocks, for laptops")

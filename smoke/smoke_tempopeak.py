@@ -27,7 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N | mps")
     p.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="autocast type; weights stay fp32")
     p.add_argument("--seed", type=int, default=0, help="seeds weights, batch order and augmentation")
-    p.add_argument("--batch-size", type=int, default=2, help="clips per process and step")
+    p.add_argument("--batch-size", type=int, default=2, help="items per process and step")
     p.add_argument("--size", type=int, default=64, help="pixels to each side of a frame")
     p.add_argument("--repeats", type=int, default=5, help="timed forwards; the median is printed")
     p.add_argument("--impl", default="auto", choices=["auto", "torch", "reference", "mamba_ssm"],

@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--init", default=None, help="checkpoint whose weights to start from, with a fresh optimizer")
     g.add_argument("--steps", type=int, default=400, help="optimizer steps in all, resumed ones included")
     g.add_argument("--stop-at", type=int, default=None, help="stop and save here; the schedule still spans --steps")
-    g.add_argument("--batch-size", type=int, default=4, help="clips per process and step")
+    g.add_argument("--batch-size", type=int, default=4, help="items per process and step")
     g.add_argument("--accum", type=int, default=1, help="micro-batches per optimizer step")
     g.add_argument("--workers", type=int, default=0, help="loader processes; does not change the numbers")
     g.add_argument("--print-every", type=int, default=20, help="steps between printed lines and finite-loss checks")
