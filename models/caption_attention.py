@@ -131,6 +131,7 @@ class DecoderCache:
     own: list[tuple[torch.Tensor, torch.Tensor] | None]  # per layer: keys, values of the words so far (R, h, t, d_k)
     cross: list[list[tuple[torch.Tensor, torch.Tensor]]]  # per layer and encoder level: keys, values (B, h, N, d_k)
     length: int = 0  # words so far
+    seen: torch.Tensor | None = None  # bool (R, t): which of them may be seen (None: all); `<pad>` in a caption is not
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add one word's keys and values (R, h, 1, d_k) -> those of all words so far."""
@@ -143,3 +144,4 @@ class DecoderCache:
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i becomes what row rows[i] was; rows int64 (R',). The images' own keys and values stay where they are."""
         self.own = [kv and (kv[0].index_select(0, rows), kv[1].index_select(0, rows)) for kv in self.own]
+        self.seen = None if self.seen is None else self.seen.index_select(0, rows)

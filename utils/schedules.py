@@ -14,7 +14,8 @@ def noam(step: int, dim: int = 512, warmup: int = 10_000, peak: float | None = N
     """Rise to `peak` at step `warmup`, then 1 / sqrt.  Without peak: dim^-0.5 min(s^-0.5, s warmup^-1.5), s = step + 1,
     which is 4.42e-4 at its highest (M2, PureT)."""
     s = step + 1
-    return (peak or (dim * warmup) ** -0.5) * min((warmup / s) ** 0.5, s / warmup)
+    highest = (dim * warmup) ** -0.5 if peak is None else peak
+    return highest * min((warmup / s) ** 0.5, s / warmup)
 
 
 def rst(epoch: int, base: float = 1e-4) -> float:
