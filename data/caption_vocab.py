@@ -24,6 +24,7 @@ from utils.run import UserError, write_text_atomic
 
 SPECIALS = ("<unk>", "<pad>", "<bos>", "<eos>")
 UNK, PAD, BOS, EOS = range(4)
+NEVER_SAID = (UNK, PAD, BOS)  # in a caption for people
 TOKENIZER = "ptb"
 HYPHEN = re.compile(r"(?<=[^\W_])-(?=[^\W_])")
 MAX_LEN = 54  # tokens of a caption with <bos> and <eos>: the positions that the decoder knows

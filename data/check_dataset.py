@@ -3,9 +3,12 @@
 python data/check_dataset.py peaks labels.json --videos videos/                         # decodes every video once
 python data/check_dataset.py peaks labels/ --videos videos/ --size 224x224 --task spot --show sheet.png
 python data/check_dataset.py rally --level hard --show sheet.png                        # rendered clips, seconds
+python data/check_dataset.py captions datasets/coco --ids m2_annotations/ --show sheet.png --batch-size 16
 
 FORMAT peaks: E2E-Spot json, one file or a folder of them. FORMAT rally: rendered when asked for, so it has no ROOT.
-The picture holds the first batch of `train/train.py` with the same flags: a row per clip, the frames around its peak.
+FORMAT captions: a COCO folder (2014 or 2017), or a folder with a csv of columns image,caption, as of Flickr8k.
+The picture holds the first batch of training with the same flags: a row per clip, the frames around its peak; captions:
+images as the network sees them, with the labels of their patches, and the captions after encoding.
 Flags that both scripts have mean the same and have the same defaults.
 """
 
@@ -18,6 +21,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repo root, so our packages import from anywhere
+from data.caption_checks import check_captions
+from data.caption_files import SPLITS
+from data.coco_captions import ImageReader
 from data.peak_files import class_names, load_labels
 from data.peak_labels import PeakClips, find_video
 from data.rally import LABELS, Rally
@@ -30,15 +36,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    p.add_argument("format", metavar="FORMAT", choices=["peaks", "rally"], help="peaks or rally")
-    p.add_argument("root", metavar="ROOT", nargs="?", help="peaks: label file (E2E-Spot json) or folder of label files")
+    p.add_argument("format", metavar="FORMAT", choices=["peaks", "rally", "captions"], help="peaks, rally or captions")
+    p.add_argument("root", metavar="ROOT", nargs="?",
+                   help="peaks: label file (E2E-Spot json) or folder of label files; captions: folder")  # fmt: skip
     p.add_argument("--videos", default=None, help="folder of the videos that the label files name")
     p.add_argument("--show", default=None, metavar="PNG", help="write a picture of the first training batch here")
     p.add_argument("--columns", type=int, default=9, help="frames per clip in the picture")
-    p.add_argument("--limit", type=int, default=32, help="rally: clips that are rendered and counted")
+    p.add_argument("--limit", type=int, default=32,
+                   help="rally: clips rendered and counted; captions: images decoded per split (0: all)")  # fmt: skip
     p.add_argument(
         "--no-duplicates", action="store_true", help="do not decode whole videos to look for repeated frames"
     )
+    g = p.add_argument_group("captions; the first four as in train/train_fsgr.py")
+    g.add_argument("--ids", default=None, help="folder of coco_{train,restval,dev,test}_ids.npy: annotation ids")
+    g.add_argument("--karpathy", default=None, metavar="JSON", help="dataset_coco.json of the Karpathy splits")
+    g.add_argument("--vocab", default=None, metavar="JSON", help="vocabulary file (default: words of the train split)")
+    g.add_argument("--min-freq", type=int, default=5, help="a word of a new vocabulary occurs at least so often")
+    g.add_argument("--split", default=None, choices=SPLITS, help="check this split only (default: all that exist)")
+    g.add_argument("--image-size", type=int, default=224, help="side of the square that the network sees, pixels")
+    g.add_argument("--resize", default="squash", choices=["squash", "crop"], help="squash it, or cut its centre out")
     g = p.add_argument_group("as in train/train.py")
     g.add_argument("--seed", type=int, default=0, help="seeds weights, batch order and augmentation")
     g.add_argument("--batch-size", type=int, default=4, help="items per process and step")
@@ -311,8 +327,10 @@ def draw_batch(items: list[dict], classes: list[str], names: list[str] | None, c
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     for flag in ("columns", "limit", "batch_size", "clips", "clip_len"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+        least = 0 if flag == "limit" and args.format == "captions" else 1
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least {least}")
+    run.check_ranges(args, min_freq=(1, 10**9), image_size=(16, 8192))
     size, crop = run.numbers("--size", args.size, "x", 2), run.numbers("--crop", args.crop, ",", 4)
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: expected at least 0")
@@ -321,7 +339,11 @@ def main(argv: list[str] | None = None) -> None:
     r = run.start(argparse.Namespace(device="cpu", dtype="fp32", seed=args.seed), argv)
 
     # ---- data
-    if args.format == "rally":
+    if args.format == "captions":
+        reader, show = ImageReader(args.image_size, args.resize), args.batch_size if args.show else 0
+        picture = check_captions(args.root, args.split, args.ids, args.karpathy, args.vocab, args.min_freq,
+                                 args.limit, reader, show, args.seed)  # fmt: skip
+    elif args.format == "rally":
         data, classes = rally_data(args, size)
     else:
         data, classes = peaks_data(args, size, crop)
@@ -329,7 +351,8 @@ def main(argv: list[str] | None = None) -> None:
     # ---- result
     if args.show:
         names = [path.name for path in data.paths] if args.format == "peaks" else None
-        picture = draw_batch(first_batch(data, args), classes, names, args.columns, args.task)
+        if args.format != "captions":
+            picture = draw_batch(first_batch(data, args), classes, names, args.columns, args.task)
         Path(args.show).parent.mkdir(parents=True, exist_ok=True)
         overlay.save_png(args.show, picture)
         run.say(r, f"picture of the first training batch: {args.show}")

@@ -7,6 +7,7 @@ and reorder(rows). Memory is whatever its encoder returned. Dropout is as the mo
 Reference: aimagelab/meshed-memory-transformer@239100b, models/beam_search/beam_search.py; nucleus: Holtzman et al. 2020.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,13 +49,15 @@ def beam_search(
     min_len: int = 0,
     filler: int | None = None,
     early_exit: bool = True,
+    never: Sequence[int] = (),
 ) -> Decoded:
     """The `beam` likeliest captions that the search meets, of which out_size are returned: (B, out_size, max_len).
 
     A finished caption stays in its beam and competes with the growing ones by its sum of log-probabilities.
     length_penalty: ranks by sum / words ** length_penalty instead. no_repeat_ngram: no run of so many words twice.
     min_len: words before <eos>. filler: after <eos>, default <pad>; the source has 0. early_exit ends the search when
-    every caption is finished, with the same result. ValueError for a size that does not fit.
+    every caption is finished, with the same result. never: ids that are not said, as <unk>. ValueError for a size that
+    does not fit.
     """
     if not 1 <= out_size <= beam:
         raise ValueError(f"beam_search: out_size {out_size} of {beam} beams")
@@ -69,7 +72,7 @@ def beam_search(
     lengths, last = torch.zeros(B, 1, device=device), torch.full((B,), decoder.bos, device=device)
     for t in range(max_len):
         logp = decoder.step(last, cache).float().log_softmax(-1)  # (R, V)
-        forbid(logp, words.flatten(0, 1), no_repeat_ngram, decoder.eos if t < min_len else None)
+        forbid(logp, words.flatten(0, 1), no_repeat_ngram, [*never, *([decoder.eos] if t < min_len else [])])
         best = logp.topk(min(beam, logp.shape[1]))  # (R, k): no more of one row can be among the image's best k
         logp, ids = (x.unflatten(0, sums.shape) for x in best)  # (B, rows, k)
         logp[..., 1:].masked_fill_(~alive[..., None], NEVER)  # a finished caption goes on in one way,
@@ -94,9 +97,9 @@ def beam_search(
     return pad_to(Decoded(words, logps, scores, decoder.eos), max_len, filler, out_size)
 
 
-def greedy(decoder, memory, max_len: int = 20) -> Decoded:
+def greedy(decoder, memory, max_len: int = 20, never: Sequence[int] = ()) -> Decoded:
     """The likeliest word at each step: (B, 1, max_len)."""
-    return beam_search(decoder, memory, 1, max_len)
+    return beam_search(decoder, memory, 1, max_len, never=never)
 
 
 @torch.no_grad()
@@ -109,11 +112,13 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    never: Sequence[int] = (),
 ) -> Decoded:
     """n random captions of each image: (B, n, max_len), the likeliest first.
 
     Words are drawn from softmax(logits / temperature), of which top_k keeps the likeliest words and top_p the smallest
-    set of likeliest words that holds so much probability. logprobs and scores are the decoder's own, as it is.
+    set of likeliest words that holds so much probability; ids in `never` are left out first. logprobs and scores are
+    the decoder's own, as it is.
     """
     check_steps(decoder, max_len)
     if n < 1 or temperature <= 0 or top_k < 0 or not 0 < top_p <= 1:
@@ -129,7 +134,9 @@ def sample(
             rows = torch.arange(B, device=device).repeat_interleave(n)
             cache.reorder(rows)
             logits = logits[rows]
-        new = draw(keep_likely(logits / temperature, top_k, top_p), generator)  # (B n, 1)
+        likely = logits / temperature
+        forbid(likely, words, 0, never)
+        new = draw(keep_likely(likely, top_k, top_p), generator)  # (B n, 1)
         logp = logits.log_softmax(-1).gather(1, new)
         words = torch.cat([words, new.masked_fill(~alive[:, None], decoder.pad)], 1)
         logps = torch.cat([logps, logp * alive[:, None]], 1)
@@ -199,13 +206,13 @@ def pad_to(found: Decoded, max_len: int, filler: int, out_size: int) -> Decoded:
     return Decoded(tokens, F.pad(found.logprobs[:, :out_size], more), found.scores[:, :out_size], found.eos)
 
 
-def forbid(logp: torch.Tensor, words: torch.Tensor, ngram: int, eos: int | None) -> None:
-    """-inf, in place, for the word that would repeat one of the row's n-grams, and for `eos` unless None.
+def forbid(logp: torch.Tensor, words: torch.Tensor, ngram: int, never: Sequence[int]) -> None:
+    """-inf, in place, for the word that would repeat one of the row's n-grams, and for the ids `never`.
 
     logp (R, V), words int64 (R, t) so far. The remaining words keep their probabilities.
     """
-    if eos is not None:
-        logp[:, eos] = NEVER
+    for word in never:
+        logp[:, word] = NEVER
     t = words.shape[1]
     if 0 < ngram <= t:
         runs = words.unfold(1, ngram, 1)  # (R, t - n + 1, n)

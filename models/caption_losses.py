@@ -22,11 +22,11 @@ def caption_loss(logits: torch.Tensor, words: torch.Tensor, pad: int, smoothing:
     )
 
 
-def word_logprobs(logits: torch.Tensor, words: torch.Tensor, pad: int) -> torch.Tensor:
-    """Log-probabilities of words (R, T) under logits (R, T, V), 0 where a word is padding -> (R, T) float32."""
+def word_logprobs(logits: torch.Tensor, words: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of words (R, T) under logits (R, T, V), 0 where not counted (R, T) bool -> (R, T) float32."""
     logits = logits.float()
     chosen = logits.gather(-1, words[..., None]).squeeze(-1) - logits.logsumexp(-1)  # (R, T)
-    return chosen.masked_fill(words == pad, 0.0)
+    return chosen.masked_fill(~counted, 0.0)
 
 
 def advantages(rewards: torch.Tensor, estimator: str, greedy_rewards: torch.Tensor | None = None) -> torch.Tensor:

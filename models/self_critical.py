@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from models.caption_decoding import beam_search, greedy, sample
+from models.caption_decoding import beam_search, greedy, sample, until_eos
 from models.caption_losses import advantages, scst_loss, word_logprobs
 
 END = "<eos>"  # the word that ends a caption in the reward, and must end its references
@@ -66,7 +66,7 @@ def self_critical_loss(
     t2 = time.perf_counter()
     bos = words.new_full((len(words), 1), decoder.bos)
     logits = net(images, torch.cat([bos, words[:, :-1]], 1))["logits"]  # (B k, T, V)
-    logprobs = word_logprobs(logits, words, decoder.pad).view(*drawn.lengths.shape, T)
+    logprobs = word_logprobs(logits, words, until_eos(words, decoder.eos)).view(*drawn.lengths.shape, T)
     if m2_norm:
         logprobs = F.pad(logprobs, (0, max_len - T))
     loss = scst_loss(logprobs, drawn.lengths, advantage, estimator, m2_norm)

@@ -37,7 +37,7 @@ def next_logp(decoder, memory, words: list[int]) -> list[float]:
         return decoder(torch.tensor([[BOS, *words]]), memory)[0, -1].log_softmax(-1).tolist()
 
 
-def slow_beams(decoder, memory, beam: int, max_len: int, penalty=0.0, ngram=0, min_len=0) -> list[tuple]:
+def slow_beams(decoder, memory, beam: int, max_len: int, penalty=0.0, ngram=0, min_len=0, never=()) -> list[tuple]:
     """[(rank, words, log-probs, finished)] of one image (1, levels, N, D), the best first."""
     beams = [(0.0, [], [], False)]
     for t in range(max_len):
@@ -48,7 +48,7 @@ def slow_beams(decoder, memory, beam: int, max_len: int, penalty=0.0, ngram=0, m
                 continue
             runs = {tuple(words[i : i + ngram]) for i in range(t - ngram + 1)} if ngram else set()
             for w, p in enumerate(next_logp(decoder, memory, words)):
-                if (w == EOS and t < min_len) or (ngram and tuple([*words, w][-ngram:]) in runs):
+                if w in never or (w == EOS and t < min_len) or (ngram and tuple([*words, w][-ngram:]) in runs):
                     continue
                 grown.append((sum([*logps, p]) / (t + 1) ** penalty, [*words, w], [*logps, p], w == EOS))
         beams = sorted(grown, key=lambda b: -b[0])[:beam]
@@ -56,17 +56,28 @@ def slow_beams(decoder, memory, beam: int, max_len: int, penalty=0.0, ngram=0, m
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"length_penalty": 0.8}, {"no_repeat_ngram": 2}, {"no_repeat_ngram": 1}, {"min_len": 4}], ids=str
+    "options", [{}, {"length_penalty": 0.8}, {"no_repeat_ngram": 2}, {"no_repeat_ngram": 1}, {"min_len": 4}, {"never": (7, 9)}],
+    ids=str,
 )
 @pytest.mark.parametrize("beam", [1, 3, 4])
 def test_beams_are_those_of_the_oracle(decoder, memory, beam, options):
     found = cd.beam_search(decoder, memory, beam, T, out_size=beam, **options)
-    names = {"length_penalty": "penalty", "no_repeat_ngram": "ngram", "min_len": "min_len"}
+    names = {"length_penalty": "penalty", "no_repeat_ngram": "ngram", "min_len": "min_len", "never": "never"}
     for i in range(B):
         slow = slow_beams(decoder, memory[i : i + 1], beam, T, **{names[k]: v for k, v in options.items()})
         assert found.tokens[i].tolist() == [words for _, words, _, _ in slow], f"image {i}"
         assert torch.allclose(found.logprobs[i], torch.tensor([logps for *_, logps, _ in slow]), atol=1e-5)
         assert torch.allclose(found.scores[i], torch.tensor([rank for rank, *_ in slow]), atol=1e-5)
+
+
+def test_what_is_never_to_be_said_is_not_said(decoder, memory):
+    free = cd.sample(decoder, memory, 50, T, generator=torch.Generator().manual_seed(1)).tokens
+    common = int(free[free > EOS].mode().values)
+    kept = cd.sample(decoder, memory, 50, T, generator=torch.Generator().manual_seed(1), never=(common,))
+    assert (free == common).any() and not (kept.tokens == common).any()
+    said = cd.greedy(decoder, memory, T).tokens
+    word = int(said[said > EOS].mode().values)
+    assert not (cd.greedy(decoder, memory, T, never=(word,)).tokens == word).any()
 
 
 def test_the_oracle_case_is_not_trivial(decoder, memory):

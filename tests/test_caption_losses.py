@@ -27,7 +27,7 @@ def test_smoothing_leaves_1_minus_e_on_the_word():
 
 def test_word_logprobs():
     logits, words = torch.randn(2, 3, 7), torch.tensor([[4, 3, PAD], [2, 2, 3]])
-    got = word_logprobs(logits.bfloat16(), words, PAD)
+    got = word_logprobs(logits.bfloat16(), words, words != PAD)
     want = logits.bfloat16().float().log_softmax(-1).gather(-1, words[..., None]).squeeze(-1)
     assert got.dtype == torch.float32 and got[0, 2] == 0
     torch.testing.assert_close(got[words != PAD], want[words != PAD])
@@ -58,7 +58,7 @@ def test_gradient_raises_what_was_rewarded(estimator):
     """Two one-word captions of one image: the one above its baseline becomes more likely, the other less."""
     logits = torch.zeros(2, 1, 5, requires_grad=True)
     words = torch.tensor([[3], [4]])
-    logprobs = word_logprobs(logits, words, PAD).view(1, 2, 1)
+    logprobs = word_logprobs(logits, words, words != PAD).view(1, 2, 1)
     advantage = advantages(torch.tensor([[1.0, 0.0]]), estimator)
     scst_loss(logprobs, torch.ones(1, 2, dtype=torch.long), advantage, estimator).backward()
     assert logits.grad[0, 0, 3] < 0 < logits.grad[1, 0, 4]

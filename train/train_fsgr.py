@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repo root, so our packages import from anywhere
 from data.caption_files import CaptionSet, load_captions
-from data.caption_vocab import PAD, CaptionVocab
+from data.caption_vocab import NEVER_SAID, PAD, CaptionVocab
 from data.coco_captions import CaptionCollate, CaptionItems, ImageItems, ImageReader, PatchLabels
 from data.coco_classes import COCO_80, read_names
 from models.caption_decoding import beam_search
@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--min-freq", type=int, default=5, help="a word of a new vocabulary occurs at least so often")
     g.add_argument("--captions-per-image", type=int, default=0, metavar="K",
                    help="xe: items are images with K captions each (0: items are captions)")  # fmt: skip
-    g.add_argument("--cache-gb", type=float, default=0.0, help="decoded pictures kept in memory, GiB per loader")
+    g.add_argument("--cache-gb", type=float, default=0.0, help="decoded pictures kept in memory, GB per loader process")
     g = p.add_argument_group("model")
     g.add_argument("--arch", default="fsgr", choices=["fsgr", "m2"], help="m2: meshed-memory baseline on the patches")
     g.add_argument("--preset", default="vit_b16", choices=["vit_b16", "tiny"], help="sizes; tiny is for laptops")
@@ -200,7 +200,7 @@ def validate(model, loader, args, r, vocab) -> tuple[dict, dict]:
     for batch in loader:
         with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32):
             memory, _ = model.encode(batch["image"].to(r.device))
-            found = beam_search(model.decoder, memory, beam=args.val_beam, max_len=args.max_len).tokens
+            found = beam_search(model.decoder, memory, args.val_beam, args.max_len, never=NEVER_SAID).tokens
         for i, row, texts in zip(batch["image_id"], found[:, 0].tolist(), batch["references"], strict=True):
             captions[i], references[i] = vocab.decode(row), texts
     model.train()
