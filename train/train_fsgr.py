@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     groups = [g for g in groups if g["params"]]
     opt = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98), weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(r.device.type, enabled=r.dtype == torch.float16)
-    stopper, step = EarlyStopping(args.patience, args.least_epochs), 0
+    stopper, step = EarlyStopping(args.patience, -(-args.least_epochs // args.val_epochs)), 0
     if args.resume:
         state = run.load_state(args.resume)
         changed = [k for k, v in vars(args).items() if k not in FREE and state["args"].get(k, v) != v]
@@ -350,6 +350,7 @@ def main(argv: list[str] | None = None) -> None:
     run.say(r, f"# {sum(p.numel() for p in params.values()):,} trainable parameters of "
                f"{sum(p.numel() for p in model.parameters()):,} | {per_epoch} steps an epoch")  # fmt: skip
     if args.stage == "xe" and not (args.resume or args.init):
+        run.say(r, f"# image tower: {args.clip or 'random weights, for lack of --clip'}")
         run.say(r, f"# first loss should be {expected_loss(model):.3f}")
 
     def save(is_best: bool = False) -> None:
