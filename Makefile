@@ -2,11 +2,12 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: help setup demo test test-slow smoke bench gpu-check lint format rally
+.PHONY: help setup demo test test-slow smoke bench gpu-check lint format rally captions
 
 help:
 	@echo "make demo       set up .venv, train on rendered rallies, find the contacts in an unseen video (about 8 minutes)"
 	@echo "make rally      the real-video job: train on the labelled tennis rally under LAB_SHARED, predict, evaluate"
+	@echo "make captions   train a captioner on rendered shapes: cross-entropy, CIDEr reward, captions, scores (6 minutes)"
 	@echo "make test       set up .venv, lint, all quick tests"
 	@echo "make test-slow  the trainings marked slow as well"
 	@echo "make smoke      does every system run here?"
@@ -48,6 +49,17 @@ rally: setup
 	$(PY) eval/infer_peaks.py $(R)/videos/tennis_rally_first_1500.mp4 $(R)/videos/tennis_no_event_tail.mp4 --ckpt runs/rally/last --out runs/rally/pred
 	$(PY) eval/eval_peaks.py --pred runs/rally/pred/peaks.json --labels $(RALLY_LABELS) --classes near_court_swing --json runs/rally/eval.json
 
+# preset of the caption job: a tower of two layers trained from nothing on pictures of 64 px
+SHAPES := --data runs/captions/shapes --cache-gb 1 --batch-size 16 --train-backbone --backbone-lr 1 --print-every 50
+
+captions: setup
+	rm -rf runs/captions
+	$(PY) data/prepare_shape_captions.py runs/captions/shapes
+	$(PY) train/train_fsgr.py $(SHAPES) --preset tiny --image-size 64 --min-freq 1 --captions-per-image 5 --epochs 30 --val-epochs 10 --lr 2e-3 --out runs/captions/xe
+	$(PY) train/train_fsgr.py $(SHAPES) --stage rl --init runs/captions/xe/best --epochs 6 --val-epochs 2 --lr 1e-4 --out runs/captions/rl
+	$(PY) eval/infer_captions.py runs/captions/shapes/val2017 --ckpt runs/captions/rl/best --out runs/captions/pred --semantic-map
+	$(PY) eval/eval_captions.py --pred runs/captions/pred/captions.json --labels runs/captions/shapes/annotations/captions_val2017.json
+
 test: setup lint
 	$(PY) -m pytest -q -m "not slow"
 
@@ -57,11 +69,13 @@ test-slow: setup
 smoke: setup
 	$(PY) smoke/smoke_mamba.py
 	$(PY) smoke/smoke_tempopeak.py
+	$(PY) smoke/smoke_fsgr.py
 
 bench: setup
 	$(PY) smoke/bench_mamba.py
 	$(PY) smoke/bench_mamba.py --memory
 	$(PY) smoke/bench_caption_reward.py
+	$(PY) smoke/bench_fsgr.py
 
 gpu-check: setup
 	$(PY) -m pytest -q -m gpu

@@ -16,6 +16,7 @@ from utils import run
 from utils.run import ROOT, UserError
 
 TRAIN = "train/train.py --device cuda --batch-size 8 --size 112x112 --shift gsm --val-clips 16 --clips 160"
+CAPTIONS = "train/train_fsgr.py --device cuda --data runs/gpu/shapes --cache-gb 1 --batch-size 16 --workers 4 --epochs 2"
 COMMANDS = [
     "smoke/smoke_mamba.py --device cuda",
     "smoke/smoke_mamba.py --device cuda --dtype bf16",
@@ -31,6 +32,16 @@ COMMANDS = [
     "data/prepare_rally.py runs/gpu/rally.mp4 --seconds 10",
     "eval/infer_peaks.py runs/gpu/rally.mp4 --ckpt runs/gpu/bf16/last --out runs/gpu/peaks --device cuda --dtype bf16",
     "-m torch.distributed.run --nproc_per_node=gpu " + f"{TRAIN} --dtype bf16 --steps 20 --out runs/gpu/ddp",
+    "smoke/smoke_fsgr.py --device cuda",
+    "smoke/smoke_fsgr.py --device cuda --preset vit_b16 --dtype bf16",
+    "smoke/overfit_fsgr.py --device cuda --scst-steps 100",
+    "smoke/bench_fsgr.py --device cuda --dtype bf16 --batch-size 64",
+    "data/prepare_shape_captions.py runs/gpu/shapes",
+    f"{CAPTIONS} --preset tiny --min-freq 1 --dtype bf16 --prototypes 64 --prototype-every 5 --out runs/gpu/xe",
+    f"{CAPTIONS} --stage rl --init runs/gpu/xe/best --dtype fp16 --out runs/gpu/rl",
+    "-m torch.distributed.run --nproc_per_node=gpu "
+    + f"{CAPTIONS} --stage rl --init runs/gpu/xe/best --dtype bf16 --out runs/gpu/rl_ddp",
+    "eval/infer_captions.py runs/gpu/shapes/val2017 --ckpt runs/gpu/rl/best --out runs/gpu/captions --device cuda",
 ]
 
 
