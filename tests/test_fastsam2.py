@@ -1,0 +1,207 @@
+"""FastSAM2's network: size and cost, objects and prompts in one pass, clips, gradients, precision, checkpoints."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.fastsam2 import DynamicDecoder, FastSAM2, FastSAM2Config, box_encoding, pool
+from models.lite_dfpn import ModulatedDeformConv
+from utils.run import UserError
+
+SMALL = {"classes": ["cat", "sky", "car"], "queries": 5, "dim": 32, "heads": 4, "hidden": 48, "embed_dim": 16}
+
+
+def head(**settings) -> DynamicDecoder:
+    torch.manual_seed(0)
+    return DynamicDecoder(FastSAM2Config(**{**SMALL, "synonyms": 2, **settings})).eval()
+
+
+def network(**settings) -> FastSAM2:
+    torch.manual_seed(0)
+    return FastSAM2(FastSAM2Config(**{**SMALL, "backbone": "resnet18", **settings})).eval()
+
+
+def features(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def parts(out: dict, N: int, first: bool) -> list[torch.Tensor]:
+    """The objects' part of every output, or the prompts'."""
+    every = [*out["classes"], *out["masks"], *out["iou"], out["queries"]]
+    return [v[:, :N] if first else v[:, N:] for v in every]
+
+
+def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    """Equal up to 1e-5 of the largest value: class logits reach 1000."""
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item())
+
+
+def released(**settings) -> FastSAM2:
+    """The anchor's configuration; called where tensors have a shape but no memory."""
+    return FastSAM2(FastSAM2Config(classes=["a"] * 133, compat=True, **settings)).eval()
+
+
+@pytest.mark.parametrize("backbone, embed_dim, total", [("resnet50", 768, 47_252_245), ("resnet50", 1024, 47_515_413),
+                                                        ("resnet18", 768, 20_827_445)])  # fmt: skip
+def test_parameter_count_of_the_released_model(backbone, embed_dim, total):
+    with torch.device("meta"):
+        model = released(backbone=backbone, embed_dim=embed_dim)
+    assert sum(p.numel() for p in model.parameters()) == total
+
+
+def test_multiply_accumulates_of_the_released_model():
+    """As counted for the anchor, within 1 %: torch's counter plus the deformable convolutions, by hand."""
+    deformable = []
+
+    def count(module, inputs, output):
+        deformable.append(module.weight.numel() * output.shape[-1] * output.shape[-2])
+
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        model = released().requires_grad_(False)
+        for m in model.modules():
+            if isinstance(m, ModulatedDeformConv):
+                m.register_forward_hook(count)
+        model(torch.empty(1, 3, 800, 1344))
+    assert len(deformable) == 3
+    assert (counter.get_total_flops() / 2 + sum(deformable)) / 1e9 == pytest.approx(156.89, rel=0.01)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compat", [False, True])
+def test_objects_and_prompts_in_one_pass_are_each_alone(compat):
+    decoder, f, prompts = head(compat=compat), features(2, 32, 6, 8), features(2, 3, 32)
+    both = decoder(f, prompts)
+    assert [m.shape for m in both["masks"]] == 4 * [(2, 8, 6, 8)] and both["classes"][0].shape == (2, 8, 4)
+    same(parts(both, 5, True), parts(decoder(f), 5, True))
+    same(parts(both, 5, False), parts(decoder(f, prompts, objects=False), 0, False))
+    alone = decoder(f, prompts[:, 1:2], objects=False)
+    same([v[:, 1:2] for v in parts(both, 5, False)], parts(alone, 0, False))
+
+
+@torch.no_grad()
+def test_a_clip_is_a_taller_image():
+    decoder, f = head(), features(2, 3, 32, 4, 5)  # two clips of three frames
+    clip, tall = decoder(f), decoder(f.transpose(1, 2).flatten(2, 3))
+    same(clip["masks"], [m.unflatten(2, (3, 4)) for m in tall["masks"]])
+    same(clip["classes"] + clip["iou"], tall["classes"] + tall["iou"])
+    same(parts(clip, 5, True), [v.flip(0) for v in parts(decoder(f.flip(0)), 5, True)])
+
+
+@torch.no_grad()
+def test_a_mean_does_not_depend_on_the_number_of_frames_but_the_released_sum_does():
+    f = features(1, 32, 4, 5)
+    for compat in (False, True):
+        decoder = head(compat=compat)
+        once, thrice = decoder(f)["queries"], decoder(f[:, None].expand(-1, 3, -1, -1, -1))["queries"]
+        assert torch.allclose(once, thrice, atol=1e-4) != compat
+
+
+def test_pooling():
+    logits = torch.tensor([[[1.0, -1, 2, 0], [-1, -1, -1, -1]]], requires_grad=True)  # 0 is not inside
+    pixels = torch.arange(8.0).reshape(1, 4, 2).requires_grad_()
+    total = pool(logits, pixels, mean=False)
+    assert total.tolist() == [[[4, 6], [0, 0]]] and pool(logits, pixels, mean=True).tolist() == [[[2, 3], [0, 0]]]
+    total.sum().backward()
+    assert logits.grad is None and pixels.grad[0, :, 0].tolist() == [1, 0, 1, 0]
+    large = torch.full((1, 117_760, 2), 1.5, dtype=torch.float16)  # two frames of 184 x 320: inf when summed in float16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pool(torch.ones(1, 1, 117_760), large, mean=False).tolist() == [[[176_640, 176_640]]]
+
+
+@pytest.mark.parametrize("objects, P", [(True, None), (True, 2), (False, 2), (True, 0)])
+def test_no_parameter_is_without_gradient(objects, P):
+    model = network().train()
+    prompts = None if P is None else features(2, P, 32)
+    out = model(torch.rand(2, 3, 64, 32), prompts, objects)
+    sum(v.float().square().mean() for v in parts(out, 0, False)).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    moved = {name for name, p in model.named_parameters() if p.grad.any()}
+    assert ("head.panoptic_cls.0.weight" in moved) == objects
+    assert ("head.prompt_iou.weight" in moved) == bool(P)
+    assert {"backbone.conv1.weight", "neck.deconv.deform_conv1.dcn.weight", "head.mask_heads.0.fc_mask.weight"} <= moved
+
+
+@torch.no_grad()
+def test_any_image_size_and_type():
+    model, images = network(), torch.randint(0, 256, (2, 3, 50, 70), dtype=torch.uint8)
+    f = model.encode(images)
+    assert f.shape == (2, 32, 16, 24)  # 64 x 96 after padding
+    torch.testing.assert_close(f, model.encode(images / 255))
+    padded = model.mean.expand(2, 3, 64, 96).clone()
+    padded[..., :50, :70] = images / 255
+    torch.testing.assert_close(f, model.encode(padded), atol=1e-5, rtol=1e-5)
+    clip = model.encode(images[None])
+    assert clip.shape == (1, 2, 32, 16, 24)
+    torch.testing.assert_close(clip[0], f)
+    assert model.decode(clip)["masks"][-1].shape == (1, 5, 2, 16, 24)
+    with pytest.raises(ValueError, match="expected .B, 3, H, W."):
+        model.encode(images[:, :1])
+
+
+@torch.no_grad()
+def test_bfloat16_is_finite_and_classes_stay_float32():
+    model, images = network(), torch.rand(1, 2, 3, 64, 64)
+    exact = model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(images)
+    assert all(v.isfinite().all() for v in parts(out, 0, False))
+    assert out["classes"][-1].dtype == torch.float32
+    difference = (out["masks"][0].float() - exact["masks"][0]).abs().max() / exact["masks"][0].abs().max()
+    assert difference < 0.05
+
+
+def test_classes_are_cosines_with_the_best_synonym():
+    decoder = head()
+    E = decoder.classifier
+    logits = decoder.classify(7 * E[:, 1][None])
+    assert torch.allclose(logits[0, :, :3].diagonal(), torch.tensor(100.0), atol=0.01)
+    assert not logits[..., 3].any()
+    torch.testing.assert_close(decoder.classify(E[:1], 0.1), 10 * decoder.classify(E[:1]))
+    kept = E.clone()
+    decoder.set_classifier(3 * kept.flip(0))
+    torch.testing.assert_close(decoder.classify(7 * kept[:, 1][None])[..., :3], logits[..., :3].flip(2))
+    with pytest.raises(ValueError, match=r"\(3, 1, 16\), expected .* \(3, 2, 16\)"):
+        decoder.set_classifier(E[:, :1])
+
+
+def test_a_checkpoint_runs_alone(tmp_path):
+    model, images = network(), torch.rand(1, 3, 32, 32)
+    model.head.set_classifier(torch.randn(3, 1, 16))
+    state = model.state_dict()
+    assert "head.classifier" in state
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(model.config_dict()))
+    again = FastSAM2.from_checkpoint(tmp_path).eval()
+    with torch.no_grad():
+        ours, theirs = model(images), again(images)
+    assert all(torch.equal(a, b) for a, b in zip(parts(ours, 0, False), parts(theirs, 0, False), strict=True))
+
+    save_file({k: v for k, v in state.items() if k != "head.classifier"}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="missing head.classifier"):
+        FastSAM2.from_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"class": "TempoPeak", "model": {}}))
+    with pytest.raises(UserError, match="a checkpoint of TempoPeak"):
+        FastSAM2.from_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"class": "FastSAM2", "model": {"width": 3}}))
+    with pytest.raises(UserError, match="not a configuration of this version"):
+        FastSAM2.from_checkpoint(tmp_path)
+
+
+def test_boxes_outside_the_image_are_encoded_at_its_border():
+    inside = box_encoding(torch.tensor([[[0.0, 0, 1, 1]]]), 32)
+    beyond = box_encoding(torch.tensor([[[-4.0, -4, 5, 5]]]), 32)  # same centre, larger than the image
+    assert inside.shape == (1, 1, 64) and inside.isfinite().all()
+    torch.testing.assert_close(beyond, inside)
+
+
+def test_wrong_settings_are_named():
+    for settings, said in (({"backbone": "vgg"}, "resnet18"), ({"classes": []}, "0 classes"), ({"queries": 0}, "0 q")):
+        with pytest.raises(ValueError, match=said):
+            network(**settings)
+    with pytest.raises(ValueError, match="neither objects nor prompts"):
+        head()(features(1, 32, 4, 4), None, objects=False)
