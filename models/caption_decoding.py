@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from models.caption_losses import word_logprobs
+
 NEVER = float("-inf")
 
 
@@ -159,9 +161,7 @@ def rescore(decoder, memory, tokens: torch.Tensor) -> torch.Tensor:
     counted, words = counted[..., :T].flatten(0, 1), tokens[..., :T].flatten(0, 1)  # (R, T)
     begin = torch.full_like(words[:, :1], decoder.bos)
     inputs = torch.cat([begin, words[:, :-1].masked_fill(~counted[:, 1:], decoder.pad)], 1)
-    logits = decoder(inputs, memory).float()  # (R, T, V)
-    targets = words.masked_fill(~counted, -1).flatten()
-    logp = -F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-1, reduction="none")
+    logp = word_logprobs(decoder(inputs, memory), words, counted)  # (R, T)
     return F.pad(logp.view(*tokens.shape[:2], T), (0, tokens.shape[2] - T))
 
 

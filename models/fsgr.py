@@ -224,7 +224,8 @@ class FSGRDecoder(nn.Module):
     def start(self, memory: Memory) -> DecoderCache:
         """An empty past, and the images' keys and values: projected once for all words and beams."""
         output, pos = memory
-        cross = [[layer.enc_att.attention.keys_values(output + pos, output)] for layer in self.layers]
+        projected = [layer.enc_att.attention.keys_values(output + pos, output) for layer in self.layers]
+        cross = [[(k.contiguous(), v.contiguous())] for k, v in projected]  # read at every word
         seen = torch.zeros(len(output), 0, dtype=torch.bool, device=output.device)
         return DecoderCache([None] * len(self.layers), cross, seen=seen)
 

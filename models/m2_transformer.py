@@ -161,7 +161,8 @@ class M2Decoder(nn.Module):
     def start(self, memory: torch.Tensor) -> DecoderCache:
         """An empty past; one row per image until the cache is reordered."""
         seen = torch.zeros(len(memory), 0, dtype=torch.bool, device=memory.device)
-        return DecoderCache(own=[None] * len(self.layers), cross=self.project(memory), seen=seen)
+        cross = [[(k.contiguous(), v.contiguous()) for k, v in levels] for levels in self.project(memory)]  # read often
+        return DecoderCache(own=[None] * len(self.layers), cross=cross, seen=seen)
 
     def step(self, tokens: torch.Tensor, cache: DecoderCache) -> torch.Tensor:
         """tokens int64 (R,), the newest word of each row -> logits (R, V) of the next one; the cache grows by it."""

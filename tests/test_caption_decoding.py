@@ -56,7 +56,8 @@ def slow_beams(decoder, memory, beam: int, max_len: int, penalty=0.0, ngram=0, m
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"length_penalty": 0.8}, {"no_repeat_ngram": 2}, {"no_repeat_ngram": 1}, {"min_len": 4}, {"never": (7, 9)}],
+    "options",
+    [{}, {"length_penalty": 0.8}, {"no_repeat_ngram": 2}, {"no_repeat_ngram": 1}, {"min_len": 4}, {"never": (7, 9)}],
     ids=str,
 )
 @pytest.mark.parametrize("beam", [1, 3, 4])
@@ -211,11 +212,14 @@ def test_samples_stay_in_the_nucleus_and_repeat_with_the_seed(decoder, memory):
     assert torch.equal(one, cd.greedy(decoder, memory, T).tokens)
 
 
-def test_draw_never_takes_an_impossible_word():
+def test_draw_never_takes_an_impossible_word(monkeypatch):
     logits = torch.full((20_000, 7), -math.inf)
     logits[:, 2], logits[:, 4] = 0.0, -3.0
     words = cd.draw(logits, torch.Generator().manual_seed(0)).flatten()
     assert set(words.tolist()) == {2, 4}
+    for number, word in ((0.0, 2), (1 - 2**-24, 4)):  # the ends of what torch.rand gives
+        monkeypatch.setattr(torch, "rand", lambda *size, number=number, **_: torch.full(size, number))
+        assert cd.draw(logits[:1], None).item() == word
 
 
 # ---- precision and errors
