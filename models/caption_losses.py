@@ -4,6 +4,8 @@ Shapes: B images, k captions each, R = B k rows, T words (end token included), V
 Sources: Rennie et al. 2017 (greedy); M2, eq. 9 (beam); Luo 2020, "A better variant of self-critical training" (sample).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -22,10 +24,19 @@ def caption_loss(logits: torch.Tensor, words: torch.Tensor, pad: int, smoothing:
     )
 
 
-def word_logprobs(logits: torch.Tensor, words: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of words (R, T) under logits (R, T, V), 0 where not counted (R, T) bool -> (R, T) float32."""
+def word_logprobs(
+    logits: torch.Tensor, words: torch.Tensor, counted: torch.Tensor, never: Sequence[int] = ()
+) -> torch.Tensor:
+    """Log-probabilities of words (R, T) under logits (R, T, V), 0 where not counted (R, T) bool -> (R, T) float32.
+
+    never: ids that are not drawn, so the others share their probability.
+    """
     logits = logits.float()
-    chosen = logits.gather(-1, words[..., None]).squeeze(-1) - logits.logsumexp(-1)  # (R, T)
+    total = logits.logsumexp(-1)  # (R, T)
+    chosen = logits.gather(-1, words[..., None]).squeeze(-1) - total
+    if never:
+        unsaid = sum((logits[..., i] - total).exp() for i in never)
+        chosen = chosen - torch.log1p(-unsaid.clamp(max=1 - 1e-6))
     return chosen.masked_fill(~counted, 0.0)
 
 

@@ -185,6 +185,7 @@ class FSGRDecoder(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.pad, self.bos, self.eos, self.max_len = PAD, BOS, EOS, max_len
+        self.noting = False  # set by training: whether `forward` fills the bank of words
         self.word_emb = nn.Embedding(vocab_size, dim, padding_idx=PAD)
         self.pos_emb = nn.Embedding.from_pretrained(sinusoid_table(max_len + 1, dim), freeze=False, padding_idx=0)
         self.layers = nn.ModuleList(FSGRLayer(dim, heads, d_ff, dropout, prototypes, bank) for _ in range(layers))
@@ -212,10 +213,9 @@ class FSGRDecoder(nn.Module):
         seen = tokens != self.pad  # (R, L)
         x = self.word_emb(tokens) + self.pos_emb(torch.arange(1, L + 1, device=tokens.device) * seen)  # (R, L, D)
         mask = causal_mask(tokens, self.pad)
-        noting = self.prototypes and self.training and torch.is_grad_enabled()
         for layer in self.layers:
             own = layer.self_att.attention.keys_values(x, x)
-            if noting:
+            if self.noting:
                 layer.self_att.attention.note(*own, seen)
             cross = layer.enc_att.attention.keys_values(output + pos, output)
             x = layer(x, own, cross, mask)

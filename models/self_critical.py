@@ -38,22 +38,24 @@ def self_critical_loss(
     max_len: int = 20,
     end: bool = True,
     m2_norm: bool = False,
+    never: Sequence[int] = (),
 ) -> tuple[torch.Tensor, dict]:
     """images (B, 3, H, W) -> loss, {reward, words (means of the drawn captions), decode_s, reward_s}.
 
     net: the model as the optimizer sees it (DDP); model: the same, unwrapped, left in train mode. reward(ids, captions)
     gives a number per caption. estimator: `beam` and `sample` compare k captions of an image, `greedy` draws one.
+    never: ids that are not drawn, as validation and inference do not say them.
     """
     t0, decoder = time.perf_counter(), model.decoder
     model.eval()
     with torch.no_grad():
         memory, _ = model.encode(images)
         if estimator == "beam":
-            drawn = beam_search(decoder, memory, beam=k, max_len=max_len, out_size=k)
+            drawn = beam_search(decoder, memory, beam=k, max_len=max_len, out_size=k, never=never)
         else:
             k = 1 if estimator == "greedy" else k
-            drawn = sample(decoder, memory, n=k, max_len=max_len)
-        base = greedy(decoder, memory, max_len).tokens.flatten(0, 1).cpu() if estimator == "greedy" else None
+            drawn = sample(decoder, memory, n=k, max_len=max_len, never=never)
+        base = greedy(decoder, memory, max_len, never).tokens.flatten(0, 1).cpu() if estimator == "greedy" else None
     model.train()
     T = int(drawn.lengths.max())
     words = drawn.tokens[..., :T].flatten(0, 1)  # (B k, T)
@@ -66,7 +68,7 @@ def self_critical_loss(
     t2 = time.perf_counter()
     bos = words.new_full((len(words), 1), decoder.bos)
     logits = net(images, torch.cat([bos, words[:, :-1]], 1))["logits"]  # (B k, T, V)
-    logprobs = word_logprobs(logits, words, until_eos(words, decoder.eos)).view(*drawn.lengths.shape, T)
+    logprobs = word_logprobs(logits, words, until_eos(words, decoder.eos), never).view(*drawn.lengths.shape, T)
     if m2_norm:
         logprobs = F.pad(logprobs, (0, max_len - T))
     loss = scst_loss(logprobs, drawn.lengths, advantage, estimator, m2_norm)

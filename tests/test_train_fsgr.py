@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.caption_vocab import CaptionVocab
 from data.shape_captions import write_shapes
 from models.clip import load_clip, save_tiny_snapshot
 from models.fsgr import FSGR
@@ -193,6 +194,36 @@ def test_workers_do_not_change_numbers(data, tmp_path):
     assert_same(train(data, tmp_path / "a", epochs=1), train(data, tmp_path / "b", epochs=1, workers=2))
 
 
+def test_a_finished_run_and_a_stopped_stage_stay_as_they_are(data, tmp_path, monkeypatch):
+    """The same command again, as a queue gives it."""
+    out = train(data, tmp_path / "run", epochs=1)
+    before = weights(out)
+    train(data, out, epochs=1, resume="auto")
+    assert all(torch.equal(v, before[k]) for k, v in weights(out).items())
+    values = {"CIDEr-D": 0.0, "BLEU-4": 0.0, "ROUGE-L": 0.0}
+    monkeypatch.setattr(script("train/train_fsgr.py"), "score_captions", lambda *_: {"corpus": values})
+    out = train(data, tmp_path / "stopped", epochs=4, patience=1)
+    assert metrics(out)[-1]["step"] == 6
+    train(data, out, epochs=4, patience=1, resume="auto")
+    assert metrics(out)[-1]["step"] == 6, "a stage that has ended must not go on"
+
+
+def test_a_first_batch_of_equal_rewards_is_no_error(data, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        script("train/train_fsgr.py").CiderReward, "__call__", lambda self, ids, texts: [1.0] * len(ids)
+    )
+    train(data, tmp_path / "rl", init=trained / "last", epochs=1, **RL)
+
+
+def test_codebook_from_stored_embeddings(data, tmp_path):
+    table = torch.randn(4, 32)
+    torch.save({"clip_embeds": table}, tmp_path / "table.pt")
+    more = {"codebook": data / "names.txt", "codebook_table": tmp_path / "table.pt", "count_norm": True}
+    model = FSGR.from_checkpoint(train(data, tmp_path / "run", epochs=1, **more) / "last")
+    torch.testing.assert_close(model.head.codebook, torch.nn.functional.normalize(table, dim=-1))
+    assert model.cfg.count_norm and model.cfg.codebook_source.endswith("table.pt")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["xe", "rl"])
 def test_two_ranks_are_one_process_with_accum(data, trained, tmp_path, stage):
@@ -268,6 +299,8 @@ def test_output_depends_on_the_picture_and_on_nothing_else_of_the_batch(data, tr
 
 def test_bad_input_is_one_sentence_and_writes_nothing(data, trained, tmp_path, capsys):
     out = tmp_path / "run"
+    foreign = tmp_path / "foreign.json"
+    CaptionVocab.build(["ein rotes viereck"], 1).save(foreign)
     (tmp_path / "twice.txt").write_text("dog\ncat\ndog\n")
     cases = [
         ({"stage": "rl"}, "needs --init"),
@@ -276,7 +309,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(data, trained, tmp_path, c
         ({"codebook": tmp_path / "no.txt"}, "no.txt: cannot be read"),
         ({"codebook": tmp_path / "twice.txt"}, "dog stands in it twice"),
         ({"dense_loss": "ce"}, "4 classes"),
-        ({"dense_loss": "ce", "arch": "m2"}, "no semantic head"),
+        ({"dense_loss": "ce", "arch": "m2"}, "needs the semantic head"),
         ({"dense_loss": "supcon", "dense_labels": "maskclip"}, "needs --clip"),
         ({"clip": tmp_path / "no"}, "no"),
         ({"word_init": "clip"}, "no CLIP weights are given"),
@@ -286,6 +319,19 @@ def test_bad_input_is_one_sentence_and_writes_nothing(data, trained, tmp_path, c
         ({**RL, "init": trained / "last", "beam": 1}, "--beam 1"),
         ({**RL, "init": trained / "last", "label_smoothing": 0.1}, "has no effect in stage rl"),
         ({"prototypes": 5, "arch": "m2"}, "--prototypes"),
+        ({"tie_weights": True, "arch": "m2"}, "--tie-weights"),
+        ({"bank": 100}, "without --prototypes"),
+        ({"beta": 1}, "without --dense-loss"),
+        ({"clip_tokenizer": "x"}, "without --clip"),
+        ({"codebook_table": "x"}, "--codebook-table"),
+        ({**RL, "init": trained / "last", "dropout": 0.5}, "--dropout: comes from"),
+        ({**RL, "init": trained / "last", "captions_per_image": 2}, "has no effect in stage rl"),
+        ({**RL, "init": trained / "last", "estimator": "sample", "m2_norm": True}, "--m2-norm"),
+        ({**RL, "init": trained / "last", "beam": 60}, "--beam 60: the vocabulary has"),
+        ({"val_beam": 60}, "--val-beam 60: the vocabulary has"),
+        ({"warmup": -5}, "--warmup -5"),
+        ({"stop_at": -3}, "--stop-at -3"),
+        ({"vocab": foreign}, "words of the training captions are not in"),
         ({"prototypes": 65, "bank": 64}, "--prototypes 65"),
         ({"image_size": 50}, "multiple of the patch"),
         ({"lr": 0, "schedule": "constant"}, "learning rate 0"),

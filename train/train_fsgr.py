@@ -32,7 +32,7 @@ from data.coco_captions import CaptionCollate, CaptionItems, ImageItems, ImageRe
 from data.coco_classes import COCO_80, read_names
 from models.caption_decoding import beam_search
 from models.caption_losses import ESTIMATORS, caption_loss
-from models.clip import CLIPConfig, load_clip
+from models.clip import load_clip
 from models.clip_adapter import AdaptedCLIP, AdapterConfig
 from models.fsgr import FSGR, expected_loss
 from models.fsgr_from_clip import new_captioner
@@ -41,6 +41,7 @@ from models.semantic_head import dense_ce_loss, supcon_loss
 from utils import overlay, run, schedules
 from utils.caption_metrics import CiderReward, DocumentFrequencies, score_captions
 from utils.plots import curves
+from utils.ptb_tokenizer import tokenize
 from utils.run import UserError
 from utils.training_guards import EarlyStopping, LossGuard, check_changed, check_rate
 
@@ -94,6 +95,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--dense", default="csa", choices=["plain", "maskclip", "csa"], help="patch features for the texts")
     g.add_argument("--no-semantic", action="store_true", help="fsgr: no semantic head, self-attention on patches")
     g.add_argument("--codebook", default=None, metavar="TXT", help="texts of the semantic head, one a line")
+    g.add_argument(
+        "--codebook-table", default=None, metavar="FILE", help="their embeddings (K, E) (default: of --clip)"
+    )
+    g.add_argument("--count-norm", action="store_true", help="divide a patch's text by its frequency, as the source")
     g.add_argument("--word-init", default="random", choices=["random", "clip"], help="start of the word table")
     g.add_argument("--tie-weights", action="store_true", help="output layer shares the word table")
     g.add_argument("--prototypes", type=int, default=0, help="memory of the decoder's self-attention (PMA-Net: 1024)")
@@ -139,7 +144,10 @@ FREE = {
     "init",
 }
 # flags whose answer lies in the checkpoint of --init
-BUILT = "arch preset clip image_size adapter prompts dense no_semantic codebook word_init tie_weights prototypes bank vocab min_freq".split()
+BUILT = """arch preset clip clip_tokenizer image_size adapter prompts dense no_semantic codebook codebook_table count_norm
+    word_init tie_weights prototypes bank dropout vocab min_freq""".split()
+XE_ONLY = "dense_loss dense_labels beta label_smoothing captions_per_image prototype_every".split()
+RL_ONLY = "estimator idf no_eos_reward m2_norm beam".split()
 
 
 def check_flags(args, defaults) -> None:
@@ -148,25 +156,32 @@ def check_flags(args, defaults) -> None:
     run.check_ranges(args, **dict.fromkeys(counts, (1, 10**9)), workers=(0, 256), overfit=(0, 10**9))
     run.check_ranges(args, dropout=(0, 0.999), label_smoothing=(0, 0.999), beta=(0, 100), clip_grad=(1e-6, 1e6))
     run.check_ranges(args, weight_decay=(0, 10), backbone_lr=(0, 10), max_len=(2, 54), prompts=(0, 1000))
-    run.check_ranges(args, image_size=(16, 2048))
-    run.check_ranges(args, least_epochs=(0, 10**9), cache_gb=(0, 1000))
-    run.check_ranges(args, prototypes=(0, min(args.bank, 10**6)), bank=(64, 10**8), prototype_every=(1, 10**9))
-    if args.prototypes and args.arch == "m2":
-        raise UserError("--prototypes: --arch m2 has none; leave it out")
-    if args.dense_loss != "none" and (args.arch == "m2" or args.no_semantic):
-        raise UserError("--dense-loss: there is no semantic head with --arch m2 or --no-semantic; leave it out")
+    run.check_ranges(args, least_epochs=(0, 10**9), cache_gb=(0, 1000), captions_per_image=(0, 100))
+    run.check_ranges(args, image_size=(16, 2048), prototype_every=(1, 10**9), bank=(64, 10**8))
+    run.check_ranges(args, prototypes=(0, min(args.bank, 10**6)))
+    for name in ("warmup", "stop_at"):
+        if (getattr(args, name) or 0) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more steps")
     if args.stage == "rl" and args.init is None and args.resume is None:
         raise UserError("--stage rl needs --init, a checkpoint of stage xe: random captions earn no reward")
     if args.stage == "rl" and args.estimator != "greedy" and args.beam < 2:
-        raise UserError(
-            f"--beam {args.beam}: --estimator {args.estimator} compares captions of an image; give 2 or more"
-        )
-    idle = ["dense_loss", "label_smoothing"] if args.stage == "rl" else ["estimator", "idf", "no_eos_reward", "m2_norm"]
-    idle += BUILT if args.init else []
-    for name in idle:
-        if getattr(args, name) != defaults[name]:
-            why = "comes from the checkpoint of --init" if name in BUILT else f"has no effect in stage {args.stage}"
-            raise UserError(f"--{name.replace('_', '-')}: {why}; leave it out")
+        raise UserError(f"--beam {args.beam}: --estimator {args.estimator} compares captions; give 2 or more")
+    teacher = args.dense_labels == "maskclip"  # it is read from --clip, whatever the model is made from
+    idle = [(args.init, [n for n in BUILT if n != "clip" or not teacher], "comes from the checkpoint of --init")]
+    idle += [(args.stage == "rl", XE_ONLY, "has no effect in stage rl")]
+    idle += [(args.stage == "xe", RL_ONLY, "has no effect in stage xe")]
+    idle += [(args.dense_loss == "none", ["beta", "dense_labels"], "has no effect without --dense-loss")]
+    idle += [(args.estimator != "beam", ["m2_norm"], f"has no effect on --estimator {args.estimator}")]
+    idle += [(not args.prototypes, ["bank", "prototype_every"], "has no effect without --prototypes")]
+    idle += [(not args.clip, ["clip_tokenizer"], "has no effect without --clip")]
+    idle += [(not args.codebook, ["codebook_table"], "needs --codebook, the texts of its rows")]
+    idle += [(args.arch == "m2", ["prototypes", "tie_weights"], "is not to be had with --arch m2")]
+    idle += [(args.arch == "m2" or args.no_semantic, ["dense_loss", "codebook", "count_norm"],
+              "needs the semantic head of --arch fsgr")]  # fmt: skip
+    for condition, names, why in idle:
+        for name in names if condition else []:
+            if getattr(args, name) != defaults[name]:
+                raise UserError(f"--{name.replace('_', '-')}: {why}; leave it out")
 
 
 def xe_loss(net, model, teacher, batch: dict, args, r) -> tuple[torch.Tensor, dict]:
@@ -209,13 +224,27 @@ def validate(model, loader, args, r, vocab) -> tuple[dict, dict]:
     return values | {"distinct": len(set(captions.values())), "n": len(captions)}, captions
 
 
+def check_vocab(args, vocab: CaptionVocab, train: CaptionSet) -> None:
+    """UserError for a vocabulary that the captions do not use, or that has fewer words than beams."""
+    unknown, total = vocab.count_unknown(train.captions())
+    if unknown > total / 2:
+        raise UserError(
+            f"{args.vocab or args.init or args.data}: {unknown} of {total} words of the training captions are not in "
+            "this vocabulary; give the one that belongs to the data"
+        )
+    for name in ("beam", "val_beam"):
+        if getattr(args, name) > len(vocab) - len(NEVER_SAID):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: the vocabulary has {len(vocab)} words")
+
+
 def make_dense_labels(args, model: FSGR, train: CaptionSet, reader: ImageReader, r):
     """(labels from instance masks, None) or (None, a frozen CLIP that gives them)."""
     if args.dense_labels == "maskclip":
         if not args.clip:
             raise UserError("--dense-labels maskclip needs --clip: a random tower takes patches for anything")
-        teacher = AdaptedCLIP(CLIPConfig(**model.cfg.clip), AdapterConfig(kind="none", dense="maskclip"))
-        teacher.load_vision(load_clip(args.clip).visual.state_dict(), args.clip)
+        weights = load_clip(args.clip)
+        teacher = AdaptedCLIP(weights.cfg, AdapterConfig(kind="none", dense="maskclip"))
+        teacher.load_vision(weights.visual.state_dict(), args.clip)
         return None, teacher.to(r.device).eval().requires_grad_(False)
     if not train.instances:
         raise UserError(
@@ -241,12 +270,21 @@ def refresh_prototypes(model: FSGR, seed: int, step: int, r) -> None:
                 dist.broadcast(buffer, 0)
 
 
-def make_reward(train: CaptionSet, args) -> CiderReward:
-    """CIDEr-D against the training captions, with their document frequencies."""
-    end = "" if args.no_eos_reward else f" {END}"
-    references = {i: [text + end for text in texts] for i, texts in train.references().items()}
-    count = DocumentFrequencies.of_images if args.idf == "image" else DocumentFrequencies.of_captions
-    return CiderReward(count(references.values()), references)
+def make_reward(train: CaptionSet, out: Path, args, r) -> CiderReward:
+    """CIDEr-D against the training captions. Their document frequencies are counted by rank 0, into OUT."""
+
+    def prepare(text: str) -> str:
+        return tokenize(text) + ("" if args.no_eos_reward else f" {END}")
+
+    references = {x["image_id"]: [text for _, text in x["captions"]] for x in train.images}
+    path = out / f"document_frequencies_{args.idf}{'' if args.no_eos_reward else '_eos'}.json"
+    if r.main and not path.exists():
+        run.say(r, f"# counting the n-grams of {len(references)} images")
+        count = DocumentFrequencies.of_images if args.idf == "image" else DocumentFrequencies.of_captions
+        count([prepare(text) for text in texts] for texts in references.values()).save(path)
+    if r.ddp:
+        dist.barrier(group=r.control)
+    return CiderReward(DocumentFrequencies.load(path), references, prepare)
 
 
 def draw_progress(out: Path, captions: dict, val_set: ImageItems, show: int = 12) -> None:
@@ -280,16 +318,18 @@ def main(argv: list[str] | None = None) -> None:
         model = new_captioner(
             args.preset, vocab.itos, read_names(args.codebook) if args.codebook else list(COCO_80), args.arch,
             args.clip, args.clip_tokenizer, {"kind": args.adapter, "prompts": args.prompts, "dense": args.dense},
-            args.word_init, image_size=args.image_size, dropout=args.dropout, semantic=not args.no_semantic,
-            tie_weights=args.tie_weights, prototypes=args.prototypes, bank=args.bank,
+            args.word_init, args.codebook_table, image_size=args.image_size, dropout=args.dropout, semantic=not args.no_semantic,
+            count_norm=args.count_norm, tie_weights=args.tie_weights, prototypes=args.prototypes, bank=args.bank,
         )  # fmt: skip
     model.to(r.device)
-    reader = ImageReader(model.cfg.image_size, cache_gb=args.cache_gb)
+    cfg = model.cfg
+    check_vocab(args, vocab, train)
+    reader = ImageReader(cfg.image_size, cfg.resize, cfg.mean, cfg.std, cache_gb=args.cache_gb)
     patches, teacher = None, None
     if args.dense_loss != "none":
         patches, teacher = make_dense_labels(args, model, train, reader, r)
     if args.stage == "rl":
-        train_set, reward = ImageItems(train, reader, args.seed), make_reward(train, args)
+        train_set = ImageItems(train, reader, args.seed)
     elif args.captions_per_image:
         train_set = ImageItems(train, reader, args.seed, patches, args.captions_per_image, vocab)
     else:
@@ -303,11 +343,13 @@ def main(argv: list[str] | None = None) -> None:
             model.backbone.proj.requires_grad_(False)
             model.backbone.ln_post.requires_grad_(False)
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    slow = [p for name, p in params.items() if name.startswith("backbone.")]
-    fast = [p for name, p in params.items() if not name.startswith("backbone.")]
-    groups = [{"params": fast, "factor": 1.0}, {"params": slow, "factor": args.backbone_lr}]
-    groups = [g for g in groups if g["params"]]
-    opt = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98), weight_decay=args.weight_decay)
+    groups: dict[tuple, dict] = {}  # (backbone?, decayed?) -> group; tables, norms, biases and prompts do not decay
+    for name, p in params.items():
+        slow, matrix = name.startswith("backbone."), name.endswith("weight") and p.ndim > 1 and "_emb." not in name
+        group = {"params": [], "factor": args.backbone_lr if slow else 1.0}
+        group["weight_decay"] = args.weight_decay if matrix else 0.0
+        groups.setdefault((slow, matrix), group)["params"].append(p)
+    opt = torch.optim.AdamW(list(groups.values()), lr=1.0, betas=(0.9, 0.98))
     scaler = torch.amp.GradScaler(r.device.type, enabled=r.dtype == torch.float16)
     stopper, step = EarlyStopping(args.patience, -(-args.least_epochs // args.val_epochs)), 0
     if args.resume:
@@ -334,15 +376,17 @@ def main(argv: list[str] | None = None) -> None:
         return schedules.learning_rate(schedule, step, steps=steps, per_epoch=per_epoch, lr=args.lr, warmup=warmup,
                                        dim=model.cfg.dim)  # fmt: skip
 
-    check_rate(rate(step), step)
+    stop = steps if args.stop_at is None else min(args.stop_at, steps)
+    if step < stop:
+        check_rate(rate(step), step)
     out = run.open_folder(r, args)
     if r.main:
         run.rewind_metrics(out, step)
+    reward = make_reward(train, out, args, r) if args.stage == "rl" else None
     net = model
     if r.ddp:
         ids = [r.device.index] if r.device.type == "cuda" else None
         net = DDP(net, device_ids=ids, broadcast_buffers=False)  # all are constants, or `refresh_prototypes` sends them
-    stop = steps if args.stop_at is None else min(args.stop_at, steps)
     batches = run.StepBatches(len(train_set), args.batch_size, step, stop, args.seed, r.rank, r.world, args.accum)
     load = {"collate_fn": collate, "num_workers": args.workers, "worker_init_fn": run.ignore_sigterm}
     loader = iter(DataLoader(train_set, batch_sampler=batches, pin_memory=r.device.type == "cuda", **load))
@@ -355,6 +399,8 @@ def main(argv: list[str] | None = None) -> None:
 
     def save(is_best: bool = False) -> None:
         if r.main:
+            if not all(p.isfinite().all() for p in params.values()):
+                raise UserError(f"step {step}: weights are not finite; try a lower --lr or --dtype fp32")
             state = {"optimizer": opt.state_dict(), "scaler": scaler.state_dict(), "stopper": stopper.state_dict()}
             state |= {"args": vars(args), "world": r.world}
             run.save_checkpoint(out, step, model, model.config_dict(), state, best=is_best)
@@ -362,11 +408,12 @@ def main(argv: list[str] | None = None) -> None:
     # ---- loop
     run.watch_sigterm(r)
     model.train()
-    guard = LossGuard(out, patience=300 if args.stage == "xe" else 0)
+    model.decoder.noting = args.stage == "xe" and args.prototypes > 0
+    guard = LossGuard(out, patience=300 if args.stage == "xe" else 0, rank=r.rank)
     bar = tqdm(total=steps, initial=step, disable=not (r.main and sys.stderr.isatty()), leave=False)
     began, since, saved, val = time.perf_counter(), step, step if args.resume else -1, {}
     clock = {"decode_s": 0.0, "reward_s": 0.0}
-    while step < stop and not run.should_stop(r):
+    while step < stop and not stopper.stop and not run.should_stop(r):
         lr = rate(step)
         for group in opt.param_groups:
             group["lr"] = check_rate(lr * group["factor"], step) if group["factor"] else 0.0
@@ -383,7 +430,7 @@ def main(argv: list[str] | None = None) -> None:
                     with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32):
                         loss, values = self_critical_loss(
                             net, model, images, batch["image_id"], reward, args.estimator, args.beam, args.max_len,
-                            not args.no_eos_reward, args.m2_norm,
+                            not args.no_eos_reward, args.m2_norm, NEVER_SAID,
                         )  # fmt: skip
                     clock = {k: clock[k] + values.pop(k) for k in clock}
                 scaler.scale(loss / args.accum).backward()
@@ -398,7 +445,8 @@ def main(argv: list[str] | None = None) -> None:
         opt.zero_grad(set_to_none=True)
         step += 1
         bar.update()
-        if before is not None and not scaler.is_enabled():  # fp16 may skip steps until its scale fits
+        # fp16 may skip steps until its scale fits; captions that all earn the same reward give no gradient
+        if before is not None and not scaler.is_enabled() and norm > 0:
             check_changed(before, list(params.values()), step)
         if step % args.print_every == 0 or step == 1:  # .item() waits for the GPU, so only here
             seconds, n = time.perf_counter() - began, step - since

@@ -8,9 +8,11 @@ Reference: pycocoevalcap 1.2 (BLEU, ROUGE-L, CIDEr = CIDEr-D), ruotianluo/cider@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from utils.run import write_text_atomic
 
 ORDERS = (1, 2, 3, 4)
 SIGMA = 6.0  # of CIDEr-D's length penalty, words
@@ -146,7 +148,7 @@ class DocumentFrequencies:
     def save(self, path: Path | str) -> None:
         """As json: the train set of COCO takes a minute to count."""
         counts = {" ".join(ngram): n for ngram, n in self.counts.items()}
-        Path(path).write_text(json.dumps({"documents": self.documents, "counts": counts}), encoding="utf-8")
+        write_text_atomic(path, json.dumps({"documents": self.documents, "counts": counts}))
 
     @classmethod
     def load(cls, path: Path | str) -> "DocumentFrequencies":
@@ -180,18 +182,25 @@ def cider(candidate: Vector, references: list[Vector], plain: bool = False) -> f
 class CiderReward:
     """CIDEr-D of generated captions against references that are vectorised once, on first use.
 
-    references: {image_id: [captions]}. Whatever ends a candidate (an end token, say) must end references too, and must
-    have been counted in `frequencies`.
+    references: {image_id: [captions]}; prepare: what makes a reference of such a caption on first use, as a tokeniser
+    (None: nothing). Whatever ends a candidate (an end token, say) must end references too, and must have been counted
+    in `frequencies`. Vectors stay in memory, 31 kB an image.
     """
 
-    def __init__(self, frequencies: DocumentFrequencies, references: dict[object, list[str]]):
+    def __init__(
+        self,
+        frequencies: DocumentFrequencies,
+        references: dict[object, list[str]],
+        prepare: Callable[[str], str] | None = None,
+    ):
         self.frequencies, self.references, self._vectors = frequencies, references, {}
+        self.prepare = prepare or str
 
     def __call__(self, image_ids: list, captions: list[str]) -> list[float]:
         """One reward per caption; an image may come several times, as with 5 beams."""
         rewards = []
         for i, caption in zip(image_ids, captions, strict=True):
             if i not in self._vectors:
-                self._vectors[i] = [self.frequencies.vectorise(r) for r in self.references[i]]
+                self._vectors[i] = [self.frequencies.vectorise(self.prepare(r)) for r in self.references[i]]
             rewards.append(cider(self.frequencies.vectorise(caption), self._vectors[i]))
         return rewards

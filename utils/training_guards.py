@@ -35,9 +35,9 @@ class LossGuard:
     The value of a step is looked at during the next one, so that a GPU is not waited for.
     """
 
-    def __init__(self, out: Path, patience: int = 300, margin: float = 0.1):
-        self.out, self.patience, self.margin = out, patience, margin
-        self.first, self.lowest, self._pending = None, math.inf, None
+    def __init__(self, out: Path, patience: int = 300, margin: float = 0.1, rank: int = 0):
+        self.out, self.patience, self.margin, self.rank = out, patience, margin, rank
+        self.first, self.lowest, self.warned, self._pending = None, math.inf, False, None
 
     def note(self, step: int, loss: torch.Tensor, batch: dict) -> str | None:
         """loss: detached scalar. -> a warning, once, when the loss stands still. UserError for the step before."""
@@ -60,12 +60,14 @@ class LossGuard:
             event.synchronize()
         value = value.item()
         if not math.isfinite(value):
-            path = self.out / f"bad_batch_step_{step:06d}.pt"
+            path = self.out / f"bad_batch_step_{step:06d}_rank_{self.rank}.pt"
             torch.save({k: v for k, v in batch.items() if isinstance(v, torch.Tensor | list)}, path)
             raise UserError(f"step {step}: loss is {value}; its batch is in {path}; try a lower --lr or --dtype fp32")
-        self.first = value if step == 1 else self.first
+        self.first = value if step == 1 and self.first is None else self.first
         self.lowest = min(self.lowest, value)
-        if self.first is not None and step == self.patience and self.lowest > self.first - self.margin:
+        still = self.first is not None and step == self.patience and self.lowest > self.first - self.margin
+        if still and not self.warned:
+            self.warned = True
             return f"# warning: step {step}, and the loss is still within {self.margin} of its first {self.first:.3f}"
         return None
 
