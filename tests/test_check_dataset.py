@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data import peak_checks
 from data.peak_labels import PeakClips
 from data.video import VideoWriter
 from utils import overlay, run
@@ -107,15 +108,15 @@ def test_chosen_classes_and_frames_are_counted(ask):
 
 @pytest.mark.parametrize("T", [1, 5, 6, 16, 60, 64])
 def test_windows_are_those_that_peak_clips_draws_from(videos, T):
-    events = check().event_frames(labels(), ["bounce", "hit"], None)
+    events = peak_checks.event_frames(labels(), ["bounce", "hit"], None)
     count = [[sum(s <= f < s + T for f in at) for s in range(max(0, stop - T) + 1)] for at, _, stop in events]
     want = [sum(min(n, 3) == k for video in count for n in video) for k in range(4)]
-    assert check().windows_by_events(events, T).tolist() == want
+    assert peak_checks.windows_by_events(events, T).tolist() == want
     single = functools.partial(PeakClips, labels(), videos, ["bounce", "hit"], T, SIZE, single=True)
     if T == 64:  # whole videos: only b has one event, nothing is without
         assert len(single(events=1.0).by_event) == 1
     clips = single(events=1.0)
-    assert check().never_alone(events, T) == 4 - len(clips.by_event)
+    assert peak_checks.never_alone(events, T) == 4 - len(clips.by_event)
     assert len(clips.empty) == count[0].count(0)  # b is not fully annotated for bounces, so it proves no absence
 
 
@@ -141,7 +142,7 @@ def test_windows_are_those_that_peak_clips_draws_from(videos, T):
 )
 def test_verdict(T, frames, verdict):
     found = [(np.array(frames, np.int64), 0, 60)]
-    assert re.search(verdict, check().verdict(found, T)), check().verdict(found, T)
+    assert re.search(verdict, peak_checks.verdict(found, T)), peak_checks.verdict(found, T)
 
 
 def test_a_folder_of_label_files_and_no_videos(tmp_path, capsys):
@@ -329,7 +330,7 @@ def test_draw_batch(monkeypatch):
 )
 def test_frames_to_show_stay_inside_the_clip(peak, columns, want):
     item = {"length": torch.tensor(10), "peak": torch.tensor(peak), "events": torch.full((1, 4), -1)}
-    assert check().frames_to_show(item, columns) == want
+    assert peak_checks.frames_to_show(item, columns) == want
 
 
 def test_the_picture_is_written(ask, tmp_path):

@@ -27,13 +27,13 @@ TOP_LEVEL = {
 BELONGS = {  # folder -> the modules that live there
     "models": """ssd mamba2 mamba2_fused temporal_heads temporal_shift tempopeak sgp sliding_windows sam3_tracker ball_motion clip
         clip_adapter fsgr m2_transformer caption_decoding
-        caption_attention semantic_head prototype_memory caption_losses self_critical fsgr_from_clip panoptic_post segment_losses lite_dfpn sam_prompt_encoder prompt_fusion streaming_memory
+        caption_attention semantic_head prototype_memory caption_losses self_critical fsgr_from_clip panoptic_post segment_losses segment_scores segment_inference lite_dfpn sam_prompt_encoder prompt_fusion streaming_memory
         fastsam2 sparse_conv res16unet scene_memory tiny_sa bifusion esam instance_merge sa2va vessel_unet convert_sa2va
         matching mask_losses mlp""",
     "data": """video video_index peak_files peak_labels cutaways rally rally_play rally_pictures ball_labels rendered_ball coco_captions caption_vocab caption_files caption_checks coco_classes shape_captions segment_batch segment_checks peak_checks coco_panoptic
         coco_instances sa1b refcoco cityscapes davis ytvis vipseg moving_shapes task_mixture rgbd_folder scannet
         superpoints rooms vessels referring_manifest check_dataset""",
-    "utils": "run weights masks overlay plots ptb_tokenizer caption_metrics caption_metrics_other schedules training_guards panoptic_quality instance_ap segmentation_files",
+    "utils": "run weights masks overlay plots ptb_tokenizer caption_metrics caption_metrics_other schedules training_guards panoptic_quality instance_ap segmentation_files segment_writing segment_inputs click_simulator",
     "train": "train",
     "eval": "compare_runs",
 }
