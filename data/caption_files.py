@@ -8,6 +8,9 @@
 Splits are train, val, test. COCO files have train and val; of the ids and of Karpathy's file train is train + restval,
 and M2's dev is val. M2's ids name the five lowest annotation ids of an image, Karpathy's file holds all captions. A csv
 without a split column is split by the file names: checksum (CRC-32) mod 10 is 0: val, 1: test, else train.
+
+References keep their hyphens (`t-shirt`) and a vocabulary splits them (`t shirt`, data/caption_vocab.py), so a caption
+never matches such a word, neither in the reward nor in the scores: a ceiling, as in M2.
 """
 
 import csv
@@ -42,6 +45,7 @@ class CaptionSet:
     dropped: dict[str, int] = field(default_factory=dict)  # {why: how many}
     instances: list[Path] = field(default_factory=list)  # COCO instance files of the same images, as far as they exist
     note: str = ""
+    uncaptioned: list[int | str] = field(default_factory=list)  # ids of the images that were dropped
 
     def __len__(self) -> int:
         return len(self.images)
@@ -67,10 +71,23 @@ def load_captions(
     """The named splits, in this order, each file read once. UserError when a split or an image file is missing."""
     found = read_splits(root, ids, karpathy)
     for split in splits:
-        if split not in found:
-            raise UserError(f"{root}: holds no split '{split}'; expected one of {', '.join(found)}")
-        check_files(found[split])
+        check_files(_named(found, root, split))
     return [found[split] for split in splits]
+
+
+def read_references(root: Path | str, split: str) -> tuple[dict[str, list[str]], set[str], set[str]]:
+    """({image id as text: raw captions}, images without a caption, images of other splits); no image file is needed."""
+    found = read_splits(root)
+    references = {str(x["image_id"]): [t for _, t in x["captions"]] for x in _named(found, root, split).images}
+    uncaptioned = {name: {str(i) for i in s.uncaptioned} for name, s in found.items()}
+    others = {str(x["image_id"]) for name, s in found.items() if name != split for x in s.images}
+    return references, uncaptioned[split], others.union(*uncaptioned.values()) - references.keys() - uncaptioned[split]
+
+
+def _named(found: dict[str, CaptionSet], root: Path | str, split: str) -> CaptionSet:
+    if split not in found:
+        raise UserError(f"{root}: holds no split '{split}'; expected one of {', '.join(found)}")
+    return found[split]
 
 
 def read_splits(
@@ -110,19 +127,21 @@ def check_files(captions: CaptionSet) -> None:
 
 def _build(source: str, split: str, images: dict, dropped: Counter, **more) -> CaptionSet:
     """The set of {image_id: {file, captions}}, images and captions by their ids. UserError when nothing is left."""
-    kept = []
+    kept, uncaptioned = [], []
     for i in sorted(images, key=lambda i: (isinstance(i, str), i)):
         captions = sorted((k, text) for k, text in images[i]["captions"] if text.strip())
         dropped["empty captions"] += len(images[i]["captions"]) - len(captions)
         dropped["images without a caption"] += not captions
+        uncaptioned += [] if captions else [i]
         kept += [{"image_id": i, "file": images[i]["file"], "captions": captions}] if captions else []
     if not kept:
         why = ", ".join(f"{n} {what}" for what, n in dropped.items() if n) or "nothing was read"
         raise UserError(f"{source}: no image of {split} with a caption ({why}); check that the files belong together")
-    return CaptionSet(source, split, kept, dict(dropped), **more)
+    return CaptionSet(source, split, kept, dict(dropped), uncaptioned=uncaptioned, **more)
 
 
-def _read_json(path: Path):
+def read_json(path: Path):
+    """What a json file holds. UserError for a file that cannot be read or is something else."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
@@ -157,7 +176,7 @@ def _coco_parts(root: Path) -> list[str]:
 def _coco_captions(root: Path, part: str) -> tuple[dict[int, dict], dict[int, tuple[int, str]]]:
     """({image_id: {file, captions: []}}, {annotation_id: (image_id, text)}) of one caption file."""
     path = root / "annotations" / f"captions_{part}.json"
-    content, folder = _read_json(path), _folder(root, part)
+    content, folder = read_json(path), _folder(root, part)
     try:
         images = {x["id"]: {"file": folder / x["file_name"], "captions": []} for x in content["images"]}
         annotations = {a["id"]: (a["image_id"], a["caption"]) for a in content["annotations"]}
@@ -168,8 +187,11 @@ def _coco_captions(root: Path, part: str) -> tuple[dict[int, dict], dict[int, tu
         ) from e
     if len(annotations) < len(content["annotations"]):
         raise UserError(f"{path}: annotation ids stand in it twice; every caption needs an id of its own")
+    wrong = [i for i in images if not isinstance(i, int | str)] + [k for k in annotations if not isinstance(k, int)]
+    if wrong:
+        raise UserError(f"{path}: an image or annotation has the id {wrong[0]!r}; expected whole numbers")
     for k, (i, text) in annotations.items():
-        if i not in images or not isinstance(text, str):
+        if not isinstance(i, int | str) or i not in images or not isinstance(text, str):
             raise UserError(f"{path}: annotation {k} names image {i}, which is not listed, or its caption is no text")
     return images, annotations
 
@@ -258,7 +280,7 @@ def _read_by_ids(root: Path, path: Path) -> dict[str, CaptionSet]:
 
 def _read_karpathy(root: Path, path: Path) -> dict[str, CaptionSet]:
     """Karpathy's file for COCO (cocoid), Flickr8k or Flickr30k (image_id: the file's stem). annotation_id: sentid."""
-    content = _read_json(path)
+    content = read_json(path)
     names = {p: set(os.listdir(_folder(root, p))) for p in ("train2017", "val2017") if _folder(root, p).is_dir()}
     chosen: dict[str, dict] = {}
     try:
@@ -271,12 +293,16 @@ def _read_karpathy(root: Path, path: Path) -> dict[str, CaptionSet]:
             else:
                 i, file = PurePath(x["filename"]).stem, _picture_folder(root) / x["filename"]
             captions = [(s["sentid"], s["raw"]) for s in x["sentences"]]
+            if not (isinstance(i, int | str) and all(isinstance(k, int) and isinstance(t, str) for k, t in captions)):
+                raise TypeError("an id is no whole number, or a raw caption no text")
             chosen.setdefault(PARTS[x["split"]], {})[i] = {"file": file, "captions": captions}
-    except (KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UserError(
             f"{path}: is not one of Karpathy's files ({type(e).__name__} {e}); expected images [{{filename, split in "
             "train|restval|val|test, sentences [{raw, sentid}]}], for COCO with filepath and cocoid"
         ) from e
+    if not chosen:
+        raise UserError(f"{path}: lists no images; expected one of Karpathy's files")
     parts = [p for p in ("train2014", "val2014", "train2017", "val2017") if _folder(root, p).is_dir()]
     instances = _instances(root, parts)
     return {s: _build(str(path), s, chosen[s], Counter(), instances=instances) for s in SPLITS if s in chosen}
@@ -299,12 +325,13 @@ def _read_table(root: Path, path: Path) -> dict[str, CaptionSet]:
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"{path}: cannot be read as csv ({e}); expected columns image,caption in UTF-8") from e
     image = columns.get("image", columns.get("file"))
-    if image is None or "caption" not in columns:
-        raise UserError(f"{path}: has the columns {', '.join(columns)}; expected image (or file) and caption, or split")
+    if image is None or "caption" not in columns or not rows:
+        has = f"has {len(rows)} rows with the columns {', '.join(columns)}" if columns else "is empty"
+        raise UserError(f"{path}: {has}; expected a row per caption with image (or file) and caption, or split")
     folder, chosen, split_of = _picture_folder(root), {}, {}
     for k, row in enumerate(rows):
         name, text = row[image], row[columns["caption"]]
-        if None in row or not name or text is None:
+        if None in row or None in row.values() or not name:
             raise UserError(f"{path}: row {k + 1} does not have {len(columns)} fields; quote captions with commas")
         split = SPLITS[{0: 1, 1: 2}.get(zlib.crc32(name.encode("utf-8")) % 10, 0)]
         if "split" in columns:

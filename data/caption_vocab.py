@@ -47,6 +47,8 @@ class CaptionVocab:
     def __post_init__(self) -> None:
         if tuple(self.itos[: len(SPECIALS)]) != SPECIALS:
             raise UserError(f"vocabulary: starts with {self.itos[:4]}, expected {list(SPECIALS)}; build it anew")
+        if len(self.itos) == len(SPECIALS):
+            raise UserError("vocabulary: holds no word beside the specials; build it anew with a lower --min-freq")
         self.stoi = {word: i for i, word in enumerate(self.itos)}
         if len(self.stoi) < len(self.itos):
             twice = Counter(self.itos).most_common(1)[0][0]
@@ -71,11 +73,21 @@ class CaptionVocab:
 
     @classmethod
     def from_freqs(cls, freqs: dict[str, int], min_freq: int = 5) -> "CaptionVocab":
-        """Words of at least min_freq, the commonest first, equals by the alphabet. ValueError for min_freq < 1."""
+        """Words of at least min_freq, the commonest first, equals by the alphabet. UserError when there are none.
+
+        ValueError for min_freq < 1.
+        """
         if min_freq < 1:
             raise ValueError(f"CaptionVocab: min_freq {min_freq}, expected at least 1")
-        kept = sorted((-n, w) for w, n in freqs.items() if n >= min_freq and w not in SPECIALS)
-        return cls([*SPECIALS, *(w for _, w in kept)], dict(freqs), min_freq)
+        kept = _frequent(freqs, min_freq)
+        if not kept:
+            every = _frequent(freqs, 1)
+            most = freqs[every[0]] if every else 0
+            raise UserError(
+                f"vocabulary: no word occurs {min_freq} times or more ({len(every)} words, the commonest {most} times); "
+                "lower --min-freq or take more captions"
+            )
+        return cls([*SPECIALS, *kept], dict(freqs), min_freq)
 
     @classmethod
     def load(cls, path: Path | str) -> "CaptionVocab":
@@ -165,6 +177,11 @@ def _read_json(path: Path) -> dict:
     return content
 
 
+def _frequent(freqs: dict[str, int], min_freq: int) -> list[str]:
+    """Words of at least min_freq in the order of their ids, without specials."""
+    return [w for _, w in sorted((-n, w) for w, n in freqs.items() if n >= min_freq and w not in SPECIALS)]
+
+
 def _checked(path: Path | str, content: dict) -> CaptionVocab:
     """The vocabulary of a file, if its parts agree with each other."""
     itos, freqs, min_freq = content["itos"], content["freqs"], content["min_freq"]
@@ -176,7 +193,7 @@ def _checked(path: Path | str, content: dict) -> CaptionVocab:
         vocab = CaptionVocab(itos, freqs, min_freq, content["tokenizer"])
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
-    if freqs and CaptionVocab.from_freqs(freqs, max(min_freq, 1)).itos != itos:
+    if freqs and [*SPECIALS, *_frequent(freqs, max(min_freq, 1))] != itos:
         n = sum(count >= min_freq for count in freqs.values())
         raise UserError(
             f"{path}: itos holds {len(itos) - len(SPECIALS)} words, but its freqs give {n} of at least {min_freq}, or "

@@ -12,6 +12,7 @@ Items and batches are dicts. Of an item; in a batch the tensors have B in front,
 
 R = B, but for ImageItems with k captions per image it is B*k, image-major; with k = 0 tokens, length and annotation_id
 are absent.
+References keep hyphens (`t-shirt`) that `tokens` split (`t shirt`): such words cannot match, see data/caption_files.py.
 An item is a function of (seed, epoch, index); a plain index is one of epoch 0.
 """
 
@@ -38,10 +39,13 @@ MIN_COVER = 0.25  # share of a patch that its class must cover
 
 
 def open_image(path: Path | str) -> Image.Image:
-    """RGB, turned as the camera's note (EXIF) says. UserError for a file that is no picture or is cut off."""
+    """RGB, turned as the camera's note (EXIF) says; 16 bits scaled to 8. UserError for no picture or one cut off."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            turned = ImageOps.exif_transpose(image)
+            if turned.mode == "I" or turned.mode.startswith("I;16"):  # `convert` would clip them at 255
+                turned = Image.fromarray(np.rint(np.asarray(turned) / 257).clip(0, 255).astype(np.uint8))
+            return turned.convert("RGB")
     except FileNotFoundError as e:
         raise UserError(f"{path}: no such image file; check the path") from e
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:

@@ -2,10 +2,12 @@
 
     python eval/eval_captions.py --pred runs/fsgr/val.json --labels datasets/coco/annotations/captions_val2017.json
     python eval/eval_captions.py --pred test.json --labels captions_val2014.json --images dataset_coco.json:test
+    python eval/eval_captions.py --pred runs/mine/captions.json --labels datasets/flickr8k:val
 
-Predictions are a COCO results json, [{"image_id", "caption"}]; labels are COCO caption annotations. Tokenising and all
-scores are those of the coco-caption tool, in Python; its METEOR and SPICE are Java programs and run only where `java`
-and the package pycocoevalcap are installed, otherwise they are n/a.
+Predictions are a COCO results json, [{"image_id", "caption"}]. Labels are COCO caption annotations, or ROOT:SPLIT: train,
+val or test of a folder as in training (COCO, Flickr8k, csv: an image is its file's name without suffix), of which other
+splits are not scored. Tokenising and scores are those of the coco-caption tool, in Python; its METEOR and SPICE are
+Java programs and run only where `java` and the package pycocoevalcap are installed, otherwise they are n/a.
 
 Beside the score stand two controls: one caption for every image, the commonest of the references, and the same
 predictions given to other images. A caption with a bad ending stops at a word that another must follow: `a man on a`.
@@ -18,6 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repo root, so our packages import from anywhere
+from data.caption_files import read_json, read_references
 from utils import caption_metrics as cm
 from utils import run
 from utils.caption_metrics_other import JARS, commonest, describe, find_jar, meteor, shuffled, spice
@@ -32,26 +35,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     p.add_argument("--pred", required=True, help="predictions (COCO results json), as eval/infer_captions.py writes")
-    p.add_argument("--labels", required=True, nargs="+", help="caption annotations, one or more COCO json files")
+    p.add_argument("--labels", required=True, nargs="+", metavar="FILE", help="COCO caption json files, or ROOT:val")
     p.add_argument("--json", default=None, help="also write the result to this file")
-    p.add_argument(
-        "--images", default=None, metavar="FILE[:NAME]", help="score these only: json [ids], {NAME: [ids]}, or Karpathy"
-    )
+    p.add_argument("--images", metavar="FILE[:NAME]", help="score these only: json [ids], {NAME: [ids]}, or Karpathy")
     p.add_argument("--java", default="auto", choices=["auto", "off"], help="METEOR and SPICE if there (default auto)")
     p.add_argument("--log", default=None, metavar="WHY", help="reason for this run; appends the result row to LOG.md")
     return p.parse_args(argv)
 
 
 # ---- files
-
-
-def read_json(flag: str, path: str):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"{flag} {path}: cannot be read ({e.strerror}); check the path") from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{flag} {path}: is not json ({e})") from e
 
 
 def pairs_of(where: str, items, expected: str) -> list[tuple[str, str]]:
@@ -64,45 +56,56 @@ def pairs_of(where: str, items, expected: str) -> list[tuple[str, str]]:
     return [(str(x["image_id"]), x["caption"]) for x in items]
 
 
-def read_labels(paths: list[str]) -> tuple[dict[str, list[str]], set[str]]:
-    """References by image, and the images that the files list without a caption."""
-    references, listed = {}, set()
+def read_labels(paths: list[str]) -> tuple[dict[str, list[str]], dict[str, set[str]]]:
+    """References by image, and {why they are not scored: images} of what the labels hold besides."""
+    references, uncaptioned, others = {}, set(), set()
     for path in paths:
-        content, own = read_json("--labels", path), {}
-        content = content if isinstance(content, dict) else {}
-        expected = 'COCO annotations, {"annotations": [{"image_id", "caption"}]}'
-        for i, caption in pairs_of(f"--labels {path}", content.get("annotations"), expected):
-            own.setdefault(i, []).append(caption)
+        root, _, split = (f"{path}:" if Path(path).is_dir() else path).rpartition(":")
+        if root and Path(root).is_dir():
+            own, *beside = read_references(root, split)
+        else:
+            own, content = {}, read_json(Path(path))
+            content = content if isinstance(content, dict) else {}
+            expected = 'COCO annotations, {"images": [{"id"}], "annotations": [{"image_id", "caption"}]}, or ROOT:SPLIT'
+            for i, caption in pairs_of(f"--labels {path}", content.get("annotations"), expected):
+                own.setdefault(i, []).append(caption)
+            images = content.get("images", [])
+            if not is_list(images, dict) or not is_list([x.get("id") for x in images], int | str):
+                raise UserError(f"--labels {path}: its images are no list of objects with an id; expected {expected}")
+            beside = {str(x["id"]) for x in images}, set()
         for i in own.keys() & references.keys():
             raise UserError(f"--labels {path}: image {i} stands in an earlier label file too; pass each image once")
         references |= own
-        listed |= {str(x["id"]) for x in content.get("images", [])}
-    return references, listed - references.keys()
+        uncaptioned, others = uncaptioned | beside[0], others | beside[1]
+    return references, {"listed in the labels without a caption": uncaptioned, "of another split": others - uncaptioned}
+
+
+def is_list(items, kind) -> bool:
+    return isinstance(items, list) and all(isinstance(x, kind) for x in items)
 
 
 def read_images(value: str) -> set[str]:
     """Image ids of --images FILE[:NAME]: a json list, one of several named lists, or a split of Karpathy's json."""
     path, _, name = (value, "", "") if Path(value).is_file() else value.rpartition(":")
-    content = read_json("--images", path or value)
-    if isinstance(content, dict) and "images" in content:
-        splits = [(str(x.get("split")), x.get("cocoid")) for x in content["images"]]
-        content = {split: [i for s, i in splits if s == split and i is not None] for split, _ in splits}
-    named = content if isinstance(content, dict) else {"": content}
-    if not named.get(name):
-        names = ", ".join(f":{k}" for k in named if k and named[k])
+    named = read_json(Path(path or value))
+    if isinstance(named, dict) and is_list(named.get("images"), dict):
+        splits = [(str(x.get("split")), x.get("cocoid")) for x in named["images"]]
+        named = {split: [i for s, i in splits if s == split and i is not None] for split, _ in splits}
+    named = named if isinstance(named, dict) else {"": named}
+    if not is_list(named.get(name), int | str) or not named[name]:
+        names = ", ".join(f":{k}" for k, ids in named.items() if k and ids and is_list(ids, int | str))
         raise UserError(f"--images {value}: names no image; expected {names or 'a json list of ids, without :NAME'}")
     return {str(i) for i in named[name]}
 
 
 def read_files(args) -> tuple[dict, dict, dict]:
     """References and predictions of the same images, and {what was dropped: how many}. UserError if they do not fit."""
-    references, uncaptioned = read_labels(args.labels)
-    where = f"--pred {args.pred}"
+    where, (references, beside) = f"--pred {args.pred}", read_labels(args.labels)
     content = Path(args.pred).read_bytes() if Path(args.pred).is_file() else None
-    for path in args.labels:
-        if content == Path(path).read_bytes():
-            raise UserError(f"{where}: is the label file {path}; pass what eval/infer_captions.py wrote")
-    items = pairs_of(where, read_json("--pred", args.pred), 'COCO results, [{"image_id", "caption"}]')
+    same = [path for path in args.labels if Path(path).is_file() and content == Path(path).read_bytes()]
+    if same:
+        raise UserError(f"{where}: is the label file {same[0]}; pass what eval/infer_captions.py wrote")
+    items = pairs_of(where, read_json(Path(args.pred)), 'COCO results, [{"image_id", "caption"}]')
     pred, dropped = dict(items), {}
     if len(pred) < len(items):
         twice = Counter(i for i, _ in items).most_common(1)[0][0]
@@ -113,8 +116,9 @@ def read_files(args) -> tuple[dict, dict, dict]:
             raise UserError(f"--images {args.images}: image {i} has no caption in --labels; add its label file")
         dropped["not in --images"] = len(pred.keys() - chosen)
         pred, references = ({i: x for i, x in y.items() if i in chosen} for y in (pred, references))
-    dropped["listed in the labels without a caption"] = len(pred.keys() & uncaptioned)
-    missing, extra = references.keys() - pred.keys(), pred.keys() - references.keys() - uncaptioned
+    unscored = pred.keys() - references.keys()
+    dropped |= {why: len(unscored & ids) for why, ids in beside.items()}
+    missing, extra = references.keys() - pred.keys(), unscored.difference(*beside.values())
     if missing:
         n = f"{len(missing)} of {len(references)} images"
         raise UserError(f"{where}: {n} lack a caption, as {min(missing)}; caption them, or choose images with --images")
@@ -163,11 +167,8 @@ def show(result: dict) -> None:
     print(f"constant: every image '{result['constant caption']}'; shuffled: mean of {SHUFFLES} exchanges")
     for who in ("predictions", "references"):
         d = result[who]
-        print(
-            f"{who}: {d['distinct']} distinct, {d['vocabulary']} words used, mean length {d['mean length']:.2f} words,",
-            end=" ",
-        )
-        print(f"bad endings {100 * d['bad endings']:.2f} %, {d['empty']} empty")
+        used = f"{d['distinct']} distinct, {d['vocabulary']} words used, mean length {d['mean length']:.2f} words"
+        print(f"{who}: {used}, bad endings {100 * d['bad endings']:.2f} %, {d['empty']} empty")
     print("dropped: " + ", ".join(f"{n} ({what})" for what, n in result["dropped"].items()))
 
 

@@ -107,8 +107,7 @@ def check_inputs(args) -> tuple[list[Path], list[int | str]]:
         raise UserError(f"--out {out}: is a file; give the name of a folder")
     if (out / "captions.json").exists():
         raise UserError(f"--out {out}: holds captions already; choose a new folder or delete them")
-    paths = find_images(args.images)
-    paths = paths[: args.limit] if args.limit else paths
+    paths = find_images(args.images)[: args.limit or None]
     return paths, image_ids(paths)
 
 
@@ -156,6 +155,9 @@ def main(argv: list[str] | None = None) -> None:
     cfg, r = model.cfg, run.start(args, argv)
     if args.semantic_map and (cfg.arch == "m2" or not cfg.semantic):
         raise UserError(f"--semantic-map: {args.ckpt} has no semantic head; leave it out or take another checkpoint")
+    words = len(cfg.vocab) - (0 if args.allow_unk else len(NEVER_SAID))
+    if args.method == "beam" and args.beam > words:
+        raise UserError(f"--beam {args.beam}: this model can say {words} words; choose at most that")
     if args.max_len > cfg.max_len:
         raise UserError(f"--max-len {args.max_len}: this model knows {cfg.max_len} positions; choose at most that")
     model, vocab = model.to(r.device), CaptionVocab(cfg.vocab)

@@ -387,7 +387,7 @@ class FSGR(nn.Module):
             raise UserError(f"{folder}: a checkpoint of {config.get('class')}, expected one of {cls.__name__}")
         try:
             model = cls(FSGRConfig(**config["model"]))
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
             raise UserError(f"{folder}/config.json: not a configuration of this version ({e}); train again") from e
         made_for = model.cfg.word_table_sha
         if made_for not in ("", vocab_sha(model.cfg.vocab)):

@@ -30,6 +30,19 @@ def test_the_commonest_come_first_and_equals_by_the_alphabet():
         CaptionVocab.from_freqs(FREQS, 0)
 
 
+@pytest.mark.parametrize("captions", [["A dog.", "a dog", "A dog runs"], ["...", "!"], [], ["<eos> <pad>"] * 5])
+def test_a_vocabulary_without_words_is_refused(tmp_path, captions):
+    with pytest.raises(UserError, match=r"no word occurs 5 times or more \(\d words.*lower --min-freq"):
+        CaptionVocab.build(captions, 5)
+    with pytest.raises(UserError, match="holds no word beside the specials"):
+        CaptionVocab(list(SPECIALS))
+    for freqs in ({}, {"dog": 3}):
+        content = {"itos": SPECIALS, "freqs": freqs, "min_freq": 5, "tokenizer": "ptb"}
+        (tmp_path / "v.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"v\.json: vocabulary: holds no word beside the specials; build it anew"):
+            CaptionVocab.load(tmp_path / "v.json")
+
+
 def test_encode():
     vocab = CaptionVocab.from_freqs(FREQS)
     assert vocab.encode("A zebra, a rare dog.") == [BOS, 4, 5, 4, UNK, 6, EOS]
@@ -85,6 +98,7 @@ def test_m2_layout_is_read_as_min_freq_5(tmp_path):
         (lambda c: c["itos"].append("a"), "'a' stands in it twice"),
         (lambda c: c["itos"].reverse(), "starts with"),
         (lambda c: c["itos"].append("new"), "its freqs give 4"),
+        (lambda c: c.update(freqs={"a": 1}), "its freqs give 0"),
         (lambda c: c["itos"].insert(4, c["itos"].pop()), "another order"),
         (lambda c: c.update(min_freq=4), "its freqs give 5"),
         (lambda c: c.update(tokenizer="spacy"), "tokenizer 'spacy'"),

@@ -105,7 +105,7 @@ def test_an_image_in_two_splits(tmp_path, capsys):
     ids.mkdir()
     np.save(ids / "coco_train_ids.npy", np.array([10, 11]))
     np.save(ids / "coco_test_ids.npy", np.array([12, 50]))
-    assert "image 1 is in train and in test" in refused(capsys, root, "--ids", ids)
+    assert "image 1 is in train and in test" in refused(capsys, root, "--ids", ids, "--min-freq", 1)
 
 
 def test_problems_are_one_sentence(tmp_path, capsys):
@@ -128,6 +128,19 @@ def test_problems_are_one_sentence(tmp_path, capsys):
     path = root / "annotations" / "captions_train2017.json"
     change(path, lambda c: [a.update(caption="word " * 60) for a in c["annotations"]])
     assert "most captions of train are cut" in refused(capsys, root, "--split", "train", "--min-freq", 1)
+
+
+@pytest.mark.parametrize("text", ["a dog", "..."])
+def test_captions_that_give_no_word_are_the_first_problem(tmp_path, capsys, text):
+    (tmp_path / "captions.csv").write_text(f"image,caption,split\na.jpg,{text},train\nb.jpg,{text},val\n")
+    assert "no word occurs 5 times or more" in refused(capsys, tmp_path)  # before the image files, which are absent
+    if text == "a dog":
+        assert "no such image file" in refused(capsys, tmp_path, "--min-freq", 1)
+    vocab = {"itos": ["<unk>", "<pad>", "<bos>", "<eos>"], "freqs": {}, "min_freq": 5, "tokenizer": "ptb"}
+    (tmp_path / "v.json").write_text(json.dumps(vocab))
+    assert "v.json: vocabulary: holds no word" in refused(capsys, tmp_path, "--vocab", tmp_path / "v.json")
+    (tmp_path / "captions.csv").write_text("image,caption\n")
+    assert "has 0 rows" in refused(capsys, tmp_path)
 
 
 @pytest.mark.parametrize("resize, share", [("squash", 4 / 14), ("crop", 3 / 14)])  # columns covered by 25 % or more

@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as masks
 from torch.utils.data import DataLoader
 
-from data.caption_files import CaptionSet, check_files, load_captions, read_splits
+from data.caption_files import CaptionSet, check_files, load_captions, read_references, read_splits
 from data.caption_vocab import BOS, EOS, PAD, CaptionVocab
 from data.coco_captions import (
     IGNORE,
@@ -244,8 +244,10 @@ def test_karpathy_of_flickr8k(tmp_path):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("image,text\na.jpg,x\n", "has the columns image, text; expected image"),
-        ("", "has the columns ; expected image"),
+        ("image,text\na.jpg,x\n", "has 1 rows with the columns image, text; expected a row per caption with image"),
+        ("", "captions.txt: is empty; expected a row per caption with image"),
+        ("image,caption\n", "has 0 rows with the columns image, caption; expected a row per caption"),
+        ("image,caption,split\na.jpg,x\n", "row 1 does not have 3 fields"),
         ("image,caption\na.jpg,a dog, a cat\n", "row 1 does not have 2 fields; quote"),
         ("image,caption\na.jpg\n", "row 1 does not have 2 fields"),
         ("image,caption,split\na.jpg,x,dev\n", "is of split 'dev'; expected train, val, test"),
@@ -280,7 +282,73 @@ def test_folders_that_hold_something_else(tmp_path):
         read_splits(tmp_path, karpathy=tmp_path / "k.json")
 
 
+@pytest.mark.parametrize(
+    "kind, change, says",
+    [
+        ("annotations", {"id": "7"}, "has the id '7'; expected whole numbers"),
+        ("annotations", {"image_id": [2]}, r"names image \[2\], which is not listed"),
+        ("annotations", {"image_id": {}}, "which is not listed"),
+        ("annotations", {"id": [7]}, "is no COCO caption file"),
+        ("images", {"id": None}, "has the id None; expected whole numbers"),
+    ],
+)
+def test_coco_ids_of_another_kind(tmp_path, kind, change, says):
+    path = coco(tmp_path) / "annotations" / "captions_val2017.json"
+    content = json.loads(path.read_text())
+    content[kind][1].update(change)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=says):
+        read_splits(tmp_path)
+
+
+@pytest.mark.parametrize("sentence", [{"raw": 5}, {"raw": None}, {"sentid": "4"}, {"sentid": None}])
+def test_karpathy_captions_that_are_none(tmp_path, sentence):
+    path = karpathy(tmp_path / "k.json", {1000: "train", 2000: "val"})
+    content = json.loads(path.read_text())
+    content["images"][0]["sentences"][1].update(sentence)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is not one of Karpathy's files .*or a raw caption no text"):
+        read_splits(coco(tmp_path / "coco", 2014), karpathy=path)
+
+
+@pytest.mark.parametrize("cocoid", [None, [1000], "1000"])
+def test_karpathy_images_without_a_number(tmp_path, cocoid):
+    path = karpathy(tmp_path / "k.json", {1000: "train", 1001: "train"})
+    content = json.loads(path.read_text())
+    content["images"][0]["cocoid"] = cocoid
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is not one of Karpathy's files"):
+        read_splits(coco(tmp_path / "coco", 2017), karpathy=path)
+    path.write_text('{"images": []}')
+    with pytest.raises(UserError, match="lists no images; expected one of Karpathy's files"):
+        read_splits(tmp_path, karpathy=path)
+
+
+def test_references_of_a_split_need_no_image_files(tmp_path):
+    path = coco(tmp_path, pictures=False) / "annotations" / "captions_val2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = content["annotations"][5:]  # none for image 2003, the files list them backwards
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 2003]
+    path.write_text(json.dumps(content))
+    references, uncaptioned, others = read_references(tmp_path, "val")
+    assert references["2001"][1] == "A man 1 on a bike-2001." and set(references) == {"2001", "2002"}
+    assert uncaptioned == {"2000", "2003"} and others == {str(i) for i in TRAIN}
+    assert read_references(tmp_path, "train")[1:] == (set(), {str(i) for i in VAL})
+    with pytest.raises(UserError, match="no split 'test'; expected one of train, val"):
+        read_references(tmp_path, "test")
+
+
 # ---- images
+
+
+@pytest.mark.parametrize("suffix, kind", [("png", np.uint16), ("tif", np.uint16), ("tif", np.int32)])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path, suffix, kind):
+    gradient = np.arange(65_536).reshape(256, 256)
+    Image.fromarray(gradient.astype(kind)).save(tmp_path / f"x.{suffix}")
+    with Image.open(tmp_path / f"x.{suffix}") as image:
+        assert image.mode in ("I;16", "I")
+    got = np.array(open_image(tmp_path / f"x.{suffix}"))
+    assert np.array_equal(got, np.rint(gradient / 257).astype(np.uint8)[..., None].repeat(3, 2)) and got.max() == 255
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop"])

@@ -97,8 +97,8 @@ def test_empty_captions_are_scored_and_counted(tmp_path):
 
 def test_images_without_a_caption_are_dropped_and_counted(tmp_path, capsys):
     got = evaluate(tmp_path, labels_of(CAPTIONS, more_images=(15, 16)), results_of(PRED | {15: "a cat"}))
-    assert got["n"] == 4 and got["dropped"] == {"listed in the labels without a caption": 1}
-    assert "dropped: 1 (listed in the labels without a caption)" in capsys.readouterr().out
+    assert got["n"] == 4 and got["dropped"] == {"listed in the labels without a caption": 1, "of another split": 0}
+    assert "dropped: 1 (listed in the labels without a caption), 0 (of another split)" in capsys.readouterr().out
 
 
 def test_several_label_files(tmp_path, capsys):
@@ -110,6 +110,59 @@ def test_several_label_files(tmp_path, capsys):
     assert json.loads((tmp_path / "r.json").read_text())["CIDEr-D"] == pytest.approx(whole["CIDEr-D"])
     assert run.cli(script().main, [*argv, paths[0]]) == 2
     assert "stands in an earlier label file too" in capsys.readouterr().err
+
+
+def test_a_split_of_a_folder(tmp_path, capsys):
+    """csv and COCO; the image files are not looked for."""
+    want = evaluate(tmp_path, labels_of({f"p{i}": c for i, c in CAPTIONS.items()}),
+                    results_of({f"p{i}": c for i, c in PRED.items()}))  # fmt: skip
+    rows = [f'p{i}.jpg,"{c}",val' for i, cs in CAPTIONS.items() for c in cs]
+    rows += ["p20.jpg,a cat,train", "p21.jpg, ,val"]  # p21 without a caption
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "mine.csv").write_text("\n".join(["image,caption,split", *rows]) + "\n")
+    pred = results_of({f"p{i}": c for i, c in PRED.items()} | {"p20": "a dog", "p21": "a man"})
+    argv = ["--pred", write(tmp_path / "p.json", pred), "--java", "off", "--json", str(tmp_path / "r.json"), "--labels"]
+    root = str(tmp_path / "csv")
+    assert run.cli(script().main, [*argv, f"{root}:val"]) == 0
+    got = json.loads((tmp_path / "r.json").read_text())
+    assert {k: got[k] for k in cm.NAMES} == {k: want[k] for k in cm.NAMES} and got["n"] == 4
+    assert got["dropped"] == {"listed in the labels without a caption": 1, "of another split": 1}
+    assert run.cli(script().main, [*argv, f"{root}:val", f"{root}:train"]) == 0
+    got = json.loads((tmp_path / "r.json").read_text())
+    assert got["n"] == 5 and got["dropped"] == {"listed in the labels without a caption": 1, "of another split": 0}
+    capsys.readouterr()
+    for labels, says in (
+        ([f"{root}:test"], "holds no split 'test'; expected one of train, val"),
+        ([root], "holds no split ''; expected one of train, val"),
+        ([f"{root}:val", f"{root}:val"], "stands in an earlier label file too"),
+        ([f"{tmp_path / 'absent'}:val"], "cannot be read"),
+        ([f"{root}/mine.csv"], "is not json"),
+    ):
+        assert run.cli(script().main, [*argv, *labels]) == 2
+        err = capsys.readouterr().err.strip()
+        assert says in err and err.startswith("error: ") and "\n" not in err
+    strange = [*argv[:1], write(tmp_path / "q.json", [*pred, {"image_id": "p99", "caption": "x"}]), "--labels"]
+    assert run.cli(script().main, [*strange, f"{root}:val"]) == 2
+    assert "1 images are not in the labels, as p99" in capsys.readouterr().err
+    write((tmp_path / "coco" / "annotations").mkdir(parents=True) or tmp_path / "coco/annotations/captions_val2017.json",
+          {k: [{**x, "file_name": "x"} for x in v] for k, v in labels_of(CAPTIONS).items()})  # fmt: skip
+    argv[1] = write(tmp_path / "p.json", results_of(PRED))
+    assert run.cli(script().main, [*argv, f"{tmp_path / 'coco'}:val"]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["CIDEr-D"] == pytest.approx(want["CIDEr-D"])
+
+
+def test_lists_of_another_shape(tmp_path, capsys):
+    labels, pred = labels_of(CAPTIONS), results_of(PRED)
+    for images in (5, {}, None, [5], [{"file_name": "x.jpg"}], [{"id": [11]}], [None]):
+        err = refused(tmp_path, capsys, labels | {"images": images}, pred)
+        assert "its images are no list of objects with an id; expected COCO annotations" in err
+    for images, name in (
+        ({"images": 5}, ":test"), ({"images": [5]}, ":test"), ({"images": [{"cocoid": 11}]}, ":test"), ({"val": 5}, ":val"),
+        ({"val": "11"}, ":val"), ({"val": [[11]]}, ":val"), ({"val": None}, ":val"), (5, ""), (None, ""), ("11", ""),
+        ([{}], ""), ({"": 5}, ""),
+    ):  # fmt: skip
+        path = write(tmp_path / "i.json", images)
+        assert "names no image; expected" in refused(tmp_path, capsys, labels, pred, "--images", path + name)
 
 
 def test_a_part_of_the_images(tmp_path, capsys):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data.caption_vocab import NEVER_SAID
 from data.coco_captions import ImageReader
 from models.caption_decoding import beam_search
 from models.fsgr import FSGR, preset
@@ -71,7 +72,7 @@ def test_captions_are_those_of_the_model(tmp_path, photos, ckpts, arch):
     for path in sorted(photos.glob("*.[jpJ]*")):
         with torch.no_grad():
             memory, _ = model.encode(reader.tensor(reader.square(path))[None])
-        ids = beam_search(model.decoder, memory, 3, 7).tokens[0, 0].tolist()
+        ids = beam_search(model.decoder, memory, 3, 7, never=NEVER_SAID).tokens[0, 0].tolist()
         words = [VOCAB[i] for i in ids[: ids.index(3) if 3 in ids else None] if i not in (1, 2)]
         want[path.stem] = " ".join(w for k, w in enumerate(words) if k == 0 or w != words[k - 1])
     got = results(out)
@@ -148,6 +149,31 @@ def test_refusals_leave_nothing(tmp_path, photos, ckpts, capsys):
     before = (out / "captions.json").read_bytes()
     assert "holds captions already" in refused(capsys, photos, *ckpt)
     assert (out / "captions.json").read_bytes() == before
+
+
+def test_more_beams_than_words_are_refused_before_any_work(tmp_path, photos, ckpts, capsys):
+    broken, most = tmp_path / "z.jpg", len(VOCAB) - 3
+    broken.write_text("no picture")  # would be refused as soon as it is opened
+    for flags in (("--beam", most + 1), ("--beam", len(VOCAB) + 1, "--allow-unk")):
+        argv = (broken, "--ckpt", ckpts["fsgr"], "--out", tmp_path / "out", *flags)
+        n = len(VOCAB) if "--allow-unk" in flags else most
+        assert f"this model can say {n} words; choose at most that" in refused(capsys, *argv)
+    for name, flags in {"a": ("--beam", most), "b": ("--beam", len(VOCAB), "--allow-unk")}.items():
+        assert infer(photos, "--ckpt", ckpts["fsgr"], "--out", tmp_path / name, "--sheet", "none", *flags) == 0
+    argv = (photos, "--ckpt", ckpts["fsgr"], "--out", tmp_path / "c", "--sheet", "none", "--beam", most + 1)
+    assert infer(*argv, "--method", "greedy") == 0  # which has no beams
+
+
+@pytest.mark.parametrize("change", [{"heads": 0}, {"clip": {"patch": 0}}])
+def test_sizes_of_zero_in_a_config(tmp_path, photos, ckpts, capsys, change):
+    shutil.copytree(ckpts["fsgr"], tmp_path / "ckpt")
+    path = tmp_path / "ckpt" / "config.json"
+    config = json.loads(path.read_text())
+    for key, value in change.items():
+        config["model"][key] = config["model"][key] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(config))
+    err = refused(capsys, photos, "--ckpt", tmp_path / "ckpt", "--out", tmp_path / "out")
+    assert "config.json: not a configuration of this version" in err and not (tmp_path / "out").exists()
 
 
 def test_a_failure_while_writing_leaves_nothing(tmp_path, photos, ckpts, monkeypatch):
