@@ -11,7 +11,10 @@ and of torchvision's ResNet (`backbone.`).
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,14 +23,18 @@ import torchvision
 from torch import nn
 
 from models.lite_dfpn import LiteDFPN
+from models.prompt_fusion import OBJECT_TASKS, Attention, PromptBatch, PromptFusion, check_task
+from models.semantic_head import TEMPLATES
 from utils.run import UserError, read_config
 from utils.weights import load_strict, read_tensors
 
+TEXTS = ("random", "hash", "clip")
 BACKBONES = {"resnet18": (64, 128, 256, 512), "resnet34": (64, 128, 256, 512), "resnet50": (256, 512, 1024, 2048)}
 LOGIT_SCALE = math.exp(4.6052)  # of the cosine, as released: 100.003
 TEMPERATURE = 0.1  # of the stages' classes; the object adaptor has none
 BOX_EPS = 1e-5  # the released box encoding keeps this far from 0 and 1
 STRIDE = 32  # of the backbone's last map
+CLICK_RADIUS = 3  # px; the released model takes a click for a box of this half side
 
 
 @dataclass
@@ -44,6 +51,15 @@ class FastSAM2Config:
     embed_dim: int = 768  # E
     synonyms: int = 1  # V
     compat: bool = False  # as released: masks pool a sum instead of a mean, prompts are boxes
+    is_thing: list[bool] = field(default_factory=list)  # per class; filled with True
+    text: str = "random"  # where class and text embeddings come from: random | hash (hash_texts) | clip
+    frozen_norm: bool = True  # the backbone's BatchNorm keeps ImageNet's statistics; False: trained from random weights
+
+    def __post_init__(self):
+        self.is_thing = self.is_thing or [True] * len(self.classes)
+        if len(self.is_thing) != len(self.classes) or self.text not in TEXTS:
+            raise ValueError(f"FastSAM2Config: {len(self.is_thing)} is_thing for {len(self.classes)} classes, text "
+                             f"{self.text!r}; expected one each, and one of {TEXTS}")  # fmt: skip
 
 
 class Backbone(nn.Module):
@@ -82,32 +98,6 @@ class KernelUpdate(nn.Module):
             u = self.norm_in(self.update_gate(gate)).sigmoid()
             new = u * self.norm_out(p_out) + a * self.input_norm_out(i_out)
             return F.relu(self.fc_norm(self.fc_layer(new)))
-
-
-class Attention(nn.Module):
-    """Multi-head attention with the parameter names of nn.MultiheadAttention; no dropout."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight, self.in_proj_bias = (
-            nn.Parameter(torch.empty(3 * dim, dim)),
-            nn.Parameter(torch.zeros(3 * dim)),
-        )
-        self.out_proj = nn.Linear(dim, dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, x: torch.Tensor, memory: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, Q, D) looks at memory (B, S, D); visible bool (Q, S), True: may be seen -> (B, Q, D)."""
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        inputs = (x, memory, memory)
-        q, k, v = (
-            F.linear(i, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q or S, D / heads)
-            for i, w, b in zip(inputs, weights, biases, strict=True)
-        )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
 class PixelAttention(nn.Module):
@@ -295,6 +285,7 @@ class FastSAM2(nn.Module):
         self.backbone = Backbone(cfg.backbone)
         self.neck = LiteDFPN(BACKBONES[cfg.backbone], cfg.dim)
         self.head = DynamicDecoder(cfg)
+        self.prompt_fusion = None if cfg.compat else PromptFusion(cfg.dim, cfg.heads, cfg.embed_dim)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
 
@@ -309,12 +300,62 @@ class FastSAM2(nn.Module):
         x = F.pad(x, (0, -W % STRIDE, 0, -H % STRIDE))
         return self.neck(self.backbone(x)).unflatten(0, images.shape[:-3])
 
+    def queries(self, prompts: PromptBatch, features: torch.Tensor) -> torch.Tensor:
+        """Prompts of B images or clips -> queries (B, P, D) for `decode`."""
+        if self.prompt_fusion is not None:
+            return self.prompt_fusion(prompts, features)
+        h, w = features.shape[-2:]
+        return self.head.box_queries(*released_prompts(prompts), (4 * h, 4 * w))
+
     def decode(self, features: torch.Tensor, prompts: torch.Tensor | None = None, objects: bool = True) -> dict:
         """Masks, classes and mask quality of objects, prompts or both: DynamicDecoder.forward."""
         return self.head(features, prompts, objects)
 
-    def forward(self, images: torch.Tensor, prompts: torch.Tensor | None = None, objects: bool = True) -> dict:
-        return self.decode(self.encode(images), prompts, objects)
+    def forward(
+        self, images: torch.Tensor, prompts: PromptBatch | None = None, objects: bool = True, task: str | None = None
+    ) -> dict:
+        """Images or clips -> DynamicDecoder.forward's dict. A task decides whether objects are decoded; ValueError if
+        it contradicts the rest. In training every parameter has a gradient whatever the task."""
+        if task is not None:
+            check_task(task, images.ndim == 5, prompts is not None)
+            objects = task in OBJECT_TASKS
+        features = self.encode(images)
+        if prompts is None and objects and self.training:
+            prompts = PromptBatch.none(len(images), images.device)
+        return self.decode(features, None if prompts is None else self.queries(prompts, features), objects)
+
+    def train(self, mode: bool = True) -> "FastSAM2":
+        """As nn.Module.train, but with cfg.frozen_norm the backbone's BatchNorm stays in evaluation."""
+        super().train(mode)
+        for m in self.backbone.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.train(mode and not self.cfg.frozen_norm)
+        return self
+
+    @property
+    def is_thing(self) -> torch.Tensor:
+        """bool (K,) on the model's device."""
+        return torch.tensor(self.cfg.is_thing, device=self.mean.device)
+
+    def set_vocabulary(
+        self, names: Sequence[str], embeddings: torch.Tensor, is_thing: Sequence[bool], text: str = "hash"
+    ) -> None:
+        """From now on the classes are these K: embeddings (K, V, E) of any length, from `build_vocabulary`; text: which
+        text model made them. All of it belongs to the checkpoint. ValueError for sizes that do not fit together."""
+        K, E = len(names), self.cfg.embed_dim
+        if not K or embeddings.ndim != 3 or embeddings.shape[::2] != (K, E) or not embeddings.shape[1]:
+            raise ValueError(f"set_vocabulary: {K} names, embeddings {tuple(embeddings.shape)}; expected (K, V, {E})")
+        new = replace(self.cfg, classes=list(names), synonyms=embeddings.shape[1], text=text,
+                      is_thing=[bool(t) for t in is_thing])  # fmt: skip
+        self.head.classifier = F.normalize(embeddings.float(), dim=-1).to(self.head.classifier.device)
+        self.cfg = self.head.cfg = new
+
+    def load_imagenet(self, path: Path | str) -> None:
+        """Backbone weights from a local torchvision file of the same ResNet; its classifier `fc` is the only thing left
+        out, and batch counters, which torchvision's oldest files do not hold, stay. UserError for anything else."""
+        state = {k: v for k, v in read_tensors(path).items() if k not in ("fc.weight", "fc.bias")}
+        counters = {k: v for k, v in self.backbone.state_dict().items() if "num_batches" in k and k not in state}
+        load_strict(self.backbone, {**state, **counters}, path)
 
     def config_dict(self) -> dict:
         """What config.json holds; `from_checkpoint` rebuilds the model from it."""
@@ -332,3 +373,51 @@ class FastSAM2(nn.Module):
             raise UserError(f"{folder}/config.json: not a configuration of this version ({e}); train again") from e
         load_strict(model, read_tensors(Path(folder) / "model.safetensors"), folder)
         return model
+
+
+def released_prompts(prompts: PromptBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the released model can read: boxes_xyxy_px (B, P, 4) and labels (B, P), 1 for a click and 0 for a box.
+
+    ValueError for masks, texts, clicks beside the object, or an object with more than one click or box.
+    """
+    clicked = prompts.point_labels == 1
+    number = clicked.sum(2) + prompts.has_box.sum(2)  # (B, P)
+    if prompts.has_mask.any() or prompts.has_text.any() or (prompts.point_labels == 0).any() or (number > 1).any():
+        raise ValueError("compat: the released model takes one positive click or one box per object, nothing else")
+    click = (prompts.points * clicked[..., None]).sum(2)  # (B, P, 2)
+    around = torch.cat([click - CLICK_RADIUS, click + CLICK_RADIUS], -1)
+    is_click = clicked.any(2)
+    return torch.where(is_click[..., None], around, prompts.boxes.sum(2)), is_click.long()
+
+
+# ---- texts
+
+
+def hash_texts(texts: Sequence[str], width: int) -> torch.Tensor:
+    """Embeddings (n, width) of unit length without a text model: each word, and each pair of neighbours, is a fixed
+    random direction, a text the sum of its own. Texts that share words are alike; nothing is known about meaning."""
+    rows = []
+    for text in texts:
+        words = re.findall(r"\w+", text.lower())
+        parts = words + [" ".join(pair) for pair in zip(words, words[1:], strict=False)]
+        seeds = [torch.Generator().manual_seed(zlib.crc32(p.encode())) for p in parts or [""]]
+        rows.append(sum(torch.randn(width, generator=g) for g in seeds))
+    return F.normalize(torch.stack(rows), dim=-1) if rows else torch.zeros(0, width)
+
+
+def build_vocabulary(
+    names: Sequence[str | Sequence[str]], embed: Callable[[list[str]], torch.Tensor], templates=TEMPLATES
+) -> torch.Tensor:
+    """Embeddings (K, V, E) for `set_vocabulary`. A name is a text or a list of synonyms; V: the most that one has, the
+    others repeat their first. Of each synonym: the mean of the unit embeddings of its templates, at unit length.
+
+    embed: texts -> (n, E): partial(embed_texts, clip.encode_text, tokenizer), or partial(hash_texts, width=E) with
+    templates ("{}",).
+    """
+    every = [[name] if isinstance(name, str) else list(name) for name in names]
+    V = max(map(len, every), default=0)
+    if not V or not all(every):
+        raise ValueError(f"build_vocabulary: {len(every)} names, expected at least one and no empty list of synonyms")
+    texts = [t.format(word) for words in every for word in words + words[:1] * (V - len(words)) for t in templates]
+    each = F.normalize(embed(texts).float(), dim=-1).unflatten(0, (len(every), V, len(templates)))
+    return F.normalize(each.mean(2), dim=-1)

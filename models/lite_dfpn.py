@@ -21,21 +21,47 @@ def scaled(x: torch.Tensor, factor: int) -> torch.Tensor:
     return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
+def sampled_deform_conv2d(
+    x: torch.Tensor, offset: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """torchvision's deform_conv2d(x, offset, weight, padding=1, mask=mask) for 3x3 weights and one group, of
+    operations that every runtime has: one grid_sample of nine readings per cell, then a product. It keeps all of them,
+    9 times x, and its value differs by rounding only.
+
+    x (B, C, H, W), offset (B, 18, H, W), weight (out, C, 3, 3), mask (B, 9, H, W), float32 -> (B, out, H, W).
+    """
+    B, C, H, W = x.shape
+    tap = torch.arange(-1, 2, device=x.device, dtype=x.dtype)
+    rows = torch.arange(H, device=x.device, dtype=x.dtype)[:, None]  # (H, 1)
+    columns = torch.arange(W, device=x.device, dtype=x.dtype)  # (W,)
+    dy, dx = offset.reshape(B, 9, 2, H, W).unbind(2)  # (B, 9, H, W)
+    row = dy + tap.repeat_interleave(3)[:, None, None] + rows
+    column = dx + tap.repeat(3)[:, None, None] + columns
+    grid = torch.stack([(2 * column + 1) / W - 1, (2 * row + 1) / H - 1], -1).reshape(B, 9 * H, W, 2)
+    read = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)  # (B, C, 9 H, W)
+    read = (read.reshape(B, C, 9, H, W) * mask[:, None]).reshape(B, C * 9, H * W)
+    return (weight.flatten(1) @ read).reshape(B, len(weight), H, W)
+
+
 class ModulatedDeformConv(nn.Module):
     """3x3 deformable convolution without bias, one group. `weight` and the offset layer are trained; float32 always.
 
     forward(x (B, C, H, W), offset_mask (B, 27, H, W)) -> (B, out, H, W): 18 offsets in torchvision's order (dy, dx per
-    tap, in cells), then the logits of 9 modulation factors.
+    tap, in cells), then the logits of 9 modulation factors. `sampled`: by sampled_deform_conv2d (LiteDFPN.sample).
     """
 
     def __init__(self, channels: int, out: int):
         super().__init__()
+        self.sampled = False
         self.weight = nn.Parameter(torch.empty(out, channels, 3, 3))
         nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
 
     def forward(self, x: torch.Tensor, offset_mask: torch.Tensor) -> torch.Tensor:
         offset, mask = offset_mask.float().split([18, 9], 1)  # torchvision's kernel refuses autocast's mixed types
-        return deform_conv2d(x.float(), offset, self.weight.float(), padding=1, mask=mask.sigmoid())
+        if not self.sampled:
+            return deform_conv2d(x.float(), offset, self.weight.float(), padding=1, mask=mask.sigmoid())
+        with torch.autocast(x.device.type, enabled=False):
+            return sampled_deform_conv2d(x.float(), offset, self.weight.float(), mask.sigmoid())
 
 
 class DeformUp(nn.Module):
@@ -103,6 +129,14 @@ class LiteDFPN(nn.Module):
         if len(maps) != 4 or any((2 * b[0], 2 * b[1]) != a for a, b in zip(sizes, sizes[1:], strict=False)):
             raise ValueError(f"LiteDFPN: maps of sizes {sizes}, expected four, each half as large as the one before")
         return self.locate(self.deconv(*maps))
+
+    def sample(self, on: bool = True) -> "LiteDFPN":
+        """From now on the deformable convolutions read by grid_sample, for runtimes without one (on=False: no more).
+        The same weights, the same values but for rounding, more memory."""
+        for m in self.modules():
+            if isinstance(m, ModulatedDeformConv):
+                m.sampled = on
+        return self
 
     def locate(self, y: torch.Tensor) -> torch.Tensor:
         """y (B, A, H, W) with two channels more, x and y from -1 to 1 over the map, through a 1x1 convolution."""

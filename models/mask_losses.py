@@ -9,6 +9,7 @@ Sources: Kirillov et al., PointRend, CVPR 2020 (points); Cheng et al., Mask2Form
 import torch
 import torch.nn.functional as F
 
+RIGHT = -100.0  # logit of a point that counts as right where the target is 0: loss 0, probability 0
 WEIGHTS = {"class": 2.0, "mask": 5.0, "dice": 5.0, "iou": 10.0}  # of RAP-SAM
 
 
@@ -74,14 +75,18 @@ def mask_losses(
     num_masks: float | torch.Tensor | None = None,
     points: int = 12544,
     generator: torch.Generator | None = None,
+    ignore: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Matched pairs: logits (R, h, w) or (R, T, h, w) and targets of any size, bool or float -> BCE and dice, scalars.
 
     Sums over the pairs, divided by num_masks: the number of targets, averaged over ranks; None: R. Masks and targets
-    cover the same area, padding included.
+    cover the same area, padding included. ignore (H, W) or (T, H, W) bool, for all pairs: a point there counts as right.
     """
     xy_01 = uncertain_points(masks, points, generator=generator)
     ours, theirs = sample_points(masks, xy_01), sample_points(targets, xy_01)
+    if ignore is not None:
+        unknown = sample_points(ignore[None], xy_01.reshape(1, -1, 2)).reshape(ours.shape) > 0.5
+        ours, theirs = ours.masked_fill(unknown, RIGHT), theirs.masked_fill(unknown, 0.0)
     return mean_over(bce_loss(ours, theirs), num_masks), mean_over(dice_loss(ours, theirs), num_masks)
 
 

@@ -1,15 +1,27 @@
 """FastSAM2's network: size and cost, objects and prompts in one pass, clips, gradients, precision, checkpoints."""
 
+import functools
 import json
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.fastsam2 import DynamicDecoder, FastSAM2, FastSAM2Config, box_encoding, pool
+from models.fastsam2 import (
+    DynamicDecoder,
+    FastSAM2,
+    FastSAM2Config,
+    box_encoding,
+    build_vocabulary,
+    hash_texts,
+    pool,
+    released_prompts,
+)
 from models.lite_dfpn import ModulatedDeformConv
+from models.prompt_fusion import PromptBatch
 from utils.run import UserError
 
 SMALL = {"classes": ["cat", "sky", "car"], "queries": 5, "dim": 32, "heads": 4, "hidden": 48, "embed_dim": 16}
@@ -113,16 +125,27 @@ def test_pooling():
         assert pool(torch.ones(1, 1, 117_760), large, mean=False).tolist() == [[[176_640, 176_640]]]
 
 
-@pytest.mark.parametrize("objects, P", [(True, None), (True, 2), (False, 2), (True, 0)])
-def test_no_parameter_is_without_gradient(objects, P):
-    model = network().train()
-    prompts = None if P is None else features(2, P, 32)
+def clicks(*numbers: int) -> PromptBatch:
+    """So many objects of each image, a click on each."""
+    rows = [{"points": 30 * features(n, 1, 2).sigmoid(), "point_labels": torch.ones(n, 1).long()} for n in numbers]
+    return PromptBatch.pad(rows)
+
+
+@pytest.mark.parametrize("compat", [False, True])
+@pytest.mark.parametrize("objects, P", [(True, None), (True, 2), (False, 2), (True, 0), (False, 0)])
+def test_no_parameter_is_without_gradient(objects, P, compat):
+    model = network(compat=compat).train()
+    prompts = None if P is None else clicks(P, 0)
     out = model(torch.rand(2, 3, 64, 32), prompts, objects)
-    sum(v.float().square().mean() for v in parts(out, 0, False)).backward()
+    sum(v.float().square().sum() for v in parts(out, 0, False)).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     moved = {name for name, p in model.named_parameters() if p.grad.any()}
     assert ("head.panoptic_cls.0.weight" in moved) == objects
     assert ("head.prompt_iou.weight" in moved) == bool(P)
+    fused = {"head.pos_linear.weight"} if compat else {"prompt_fusion.seed", "prompt_fusion.attn.in_proj_weight"}
+    assert (fused <= moved) == bool(P)
+    if not (objects or P):
+        return
     assert {"backbone.conv1.weight", "neck.deconv.deform_conv1.dcn.weight", "head.mask_heads.0.fc_mask.weight"} <= moved
 
 
@@ -190,6 +213,120 @@ def test_a_checkpoint_runs_alone(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"class": "FastSAM2", "model": {"width": 3}}))
     with pytest.raises(UserError, match="not a configuration of this version"):
         FastSAM2.from_checkpoint(tmp_path)
+
+
+# ---- classes, tasks, weights from elsewhere
+
+embed = functools.partial(hash_texts, width=16)
+
+
+def test_hashed_texts_are_alike_where_they_share_words():
+    a, b, c, again = hash_texts(["the red circle", "The red square.", "a bird", "the  red circle!"], 256)
+    torch.testing.assert_close(a, again)
+    assert a @ b > 0.3 > abs(a @ c).item() + 0.1 and a.norm() == pytest.approx(1)
+    forth, back = hash_texts(["red left of blue", "blue left of red"], 256)
+    assert forth @ back < 0.95  # neighbours count
+    assert hash_texts([], 8).shape == (0, 8) and hash_texts(["..."], 8).isfinite().all()
+
+
+def test_a_vocabulary_averages_templates_and_pads_synonyms():
+    seen = []
+    names = ["cat", ["car", "auto"], ["bus", "coach", "tram"]]
+    found = build_vocabulary(names, lambda t: seen.extend(t) or embed(t), ("a {}", "the {}"))
+    assert found.shape == (3, 3, 16)
+    padded = ["cat", "cat", "cat", "car", "auto", "car", "bus", "coach", "tram"]
+    assert seen == [t for name in padded for t in (f"a {name}", f"the {name}")]
+    mean = torch.nn.functional.normalize(embed(["a auto", "the auto"]).mean(0), dim=-1)
+    torch.testing.assert_close(found[1, 1], mean)
+    torch.testing.assert_close(found[0, 0], found[0, 1])
+    for names in ([], [[]], ["cat", []]):
+        with pytest.raises(ValueError, match="build_vocabulary"):
+            build_vocabulary(names, embed)
+
+
+def test_the_vocabulary_belongs_to_the_checkpoint(tmp_path):
+    model, images = network(), torch.rand(1, 3, 32, 32)
+    names = ["sea", "dog", "cow", "bus"]
+    vocabulary = build_vocabulary([*names[:3], ["bus", "coach"]], embed, ("{}",))
+    model.set_vocabulary(names, 5 * vocabulary, [False, True, True, True], "hash")
+    assert model(images)["classes"][0].shape == (1, 5, 5)
+    torch.testing.assert_close(model.head.classifier, vocabulary)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(model.config_dict()))
+    again = FastSAM2.from_checkpoint(tmp_path).eval()
+    assert (
+        model.head.cfg is model.cfg
+        and again.cfg == model.cfg
+        and again.cfg.text == "hash"
+        and again.head.cfg.classes == names
+    )
+    assert again.is_thing.tolist() == [False, True, True, True]
+    with torch.no_grad():
+        assert torch.equal(again(images)["classes"][-1], model(images)["classes"][-1])
+    for wrong, things in ((["sea"], [True]), (names, [True])):
+        with pytest.raises(ValueError, match="set_vocabulary|is_thing"):
+            model.set_vocabulary(wrong, vocabulary, things)
+    assert again.cfg == model.cfg  # refused as a whole
+    with pytest.raises(ValueError, match="text 'words'; expected"):
+        model.set_vocabulary(names, vocabulary, [True] * 4, "words")
+    assert network().is_thing.all() and network().cfg.text == "random"
+
+
+@torch.no_grad()
+def test_a_task_says_what_is_decoded():
+    model, images, clip = network(), torch.rand(1, 3, 32, 32), torch.rand(1, 2, 3, 32, 32)
+    assert model(images, task="semantic")["masks"][0].shape == (1, 5, 8, 8)
+    assert model(images, clicks(2), task="interactive")["masks"][0].shape == (1, 2, 8, 8)
+    assert model(images, clicks(2))["masks"][0].shape == (1, 7, 8, 8)
+    assert model(clip, clicks(2), task="vos")["masks"][0].shape == (1, 2, 2, 8, 8)
+    for given, said in (((images, clicks(2), True, "panoptic"), "takes no prompts"),
+                        ((images, None, True, "interactive"), "needs prompts"),
+                        ((clip, None, True, "panoptic"), "about images")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            model(*given)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_only_the_backbones_norms_are_frozen(frozen):
+    model = network(frozen_norm=frozen).train()
+    assert model.training and model.neck.deconv.deform_conv1.dcn_bn.training
+    assert model.backbone.layer1[0].bn1.training != frozen and model.backbone.bn1.weight.requires_grad
+    before = model.backbone.bn1.running_mean.clone()
+    model(torch.rand(2, 3, 32, 32))
+    assert torch.equal(before, model.backbone.bn1.running_mean) == frozen
+    assert not model.eval().neck.deconv.deform_conv1.dcn_bn.training and not model.backbone.bn1.training
+
+
+def test_imagenet_weights_are_read_strictly(tmp_path):
+    model, theirs = network(), torchvision.models.resnet18(weights=None)
+    state = theirs.state_dict()
+    torch.save(state, tmp_path / "resnet18.pth")
+    model.load_imagenet(tmp_path / "resnet18.pth")
+    assert torch.equal(model.backbone.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
+    torch.save({k: v for k, v in state.items() if "num_batches" not in k}, tmp_path / "old.pth")
+    model.load_imagenet(tmp_path / "old.pth")
+    torch.save({k: v for k, v in state.items() if k != "layer1.0.bn1.weight"}, tmp_path / "less.pth")
+    with pytest.raises(UserError, match="missing layer1.0.bn1.weight"):
+        model.load_imagenet(tmp_path / "less.pth")
+    with pytest.raises(UserError, match="does not fit Backbone"):
+        network(backbone="resnet34").load_imagenet(tmp_path / "resnet18.pth")
+
+
+def test_the_released_model_takes_one_click_or_box():
+    prompts = [{"points": torch.tensor([[[9.0, 5.0]]]), "point_labels": torch.tensor([[1]])},
+               {"boxes": torch.tensor([[1.0, 2, 3, 4]])}]  # fmt: skip
+    boxes, labels = released_prompts(PromptBatch.pad(prompts))
+    assert boxes.tolist() == [[[6, 2, 12, 8]], [[1, 2, 3, 4]]] and labels.tolist() == [[1], [0]]
+    with torch.no_grad():
+        model = network(compat=True)
+        f = model.encode(torch.rand(2, 3, 32, 64))
+        torch.testing.assert_close(
+            model.queries(PromptBatch.pad(prompts), f), model.head.box_queries(boxes, labels, (32, 64))
+        )
+    for wrong in ({"texts": torch.ones(1, 16)}, {"mask_prompts": torch.ones(1, 8, 8)}, {**prompts[0], **prompts[1]},
+                  {**prompts[0], "point_labels": torch.tensor([[0]])}):  # fmt: skip
+        with pytest.raises(ValueError, match="one positive click or one box"):
+            released_prompts(PromptBatch.pad([wrong]))
 
 
 def test_boxes_outside_the_image_are_encoded_at_its_border():

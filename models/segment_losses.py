@@ -1,0 +1,121 @@
+"""The losses of FastSAM2: learned queries matched to objects, prompt queries one to one, at every stage and adaptor.
+
+Shapes: B images or clips, T frames, N object queries, P prompts, K classes, M or Q targets of one image, h w grid of
+the masks, H W image as padded in the batch (4h x 4w, or less: the rest is padding of the network). Targets are the
+fields of a batch: `masks`, B lists of bool (M, [T], H, W); `labels`, B of (M,) int64, -1 unknown; `ignore`
+(B, [T], H, W) bool, neither object nor background. Computed in float32 whatever autocast says; no target: no NaN.
+Sources: Cheng et al., Mask2Former, CVPR 2022; Xu et al., RAP-SAM, ICLR 2025 (weights, prompts).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from models.mask_losses import WEIGHTS, class_loss, iou_loss, mask_iou, mask_losses
+from models.matching import match
+from models.prompt_fusion import OBJECT_TASKS, STRIDE
+
+POINTS = 12544  # 112 x 112, where masks are compared
+
+
+def count_masks(batch: dict) -> float:
+    """Targets of a batch. Its mean over ranks is what `segment_losses` divides by: one all_reduce, done by the script."""
+    return float(sum(len(m) for m in batch["masks"]))
+
+
+def segment_losses(
+    out: dict,
+    batch: dict,
+    num_masks: float | torch.Tensor | None = None,
+    points: int = POINTS,
+    weights: dict[str, float] = WEIGHTS,
+    generator: torch.Generator | None = None,
+) -> dict[str, torch.Tensor]:
+    """Output of FastSAM2 for a batch of one task -> weighted sums over stages and adaptors, scalars: loss, their sum,
+    and class, mask, dice of object tasks; mask, dice, iou of prompt tasks. Logs may look at any; `loss` is trained.
+
+    batch: task, masks, labels, ignore, on the output's device. num_masks: see count_masks; None: this batch alone.
+    """
+    targets = {"masks": batch["masks"], "ignore": batch["ignore"], "num_masks": num_masks, "points": points}
+    targets |= {"weights": weights, "generator": generator}
+    if batch["task"] in OBJECT_TASKS:
+        losses = object_losses(out, labels=batch["labels"], **targets)
+    else:
+        losses = prompt_losses(out, **targets)
+    return {"loss": sum(losses.values()) + untouched(out), **losses}
+
+
+def untouched(out: dict) -> torch.Tensor:
+    """0, with a gradient of 0 for whatever the losses left aside; no value is read, so none can spoil it."""
+    return sum(v[:0].float().sum() for name in ("classes", "masks", "iou") for v in out[name])
+
+
+def object_losses(
+    out: dict, masks, labels, ignore, num_masks=None, points=POINTS, weights=WEIGHTS, generator=None
+) -> dict[str, torch.Tensor]:
+    """Every output of N object queries is matched anew -> weighted class, mask, dice, summed over the outputs.
+
+    A query without a target learns "no object"; one whose target has no known class learns no class.
+    """
+    n = sum(len(m) for m in masks) if num_masks is None else num_masks
+    masks = [fitted(m, out["masks"][0]) for m in masks]
+    ignore = fitted(ignore, out["masks"][0])
+    total = {"class": 0.0, "mask": 0.0, "dice": 0.0}
+    for logits, found in zip(out["classes"], out["masks"], strict=True):
+        wanted = torch.full(logits.shape[:2], logits.shape[2] - 1, device=logits.device)  # (B, N), K: no object
+        for b, target in enumerate(masks):
+            which, of = match(logits[b], found[b], labels[b], target, points, generator=generator)
+            wanted[b, which] = labels[b][of]
+            bce, dice = mask_losses(found[b][which], target[of], n, points, generator, ignore[b])
+            total["mask"] = total["mask"] + weights["mask"] * bce
+            total["dice"] = total["dice"] + weights["dice"] * dice
+        total["class"] = total["class"] + weights["class"] * class_loss(logits, wanted)
+    return total
+
+
+def prompt_losses(
+    out: dict, masks, ignore, num_masks=None, points=POINTS, weights=WEIGHTS, generator=None
+) -> dict[str, torch.Tensor]:
+    """Prompt i of an image is target i; prompts beyond the targets are padding -> weighted mask, dice, iou, summed over
+    the outputs. The quality to be predicted is the IoU of the mask at image size. ValueError: more targets than prompts.
+    """
+    P = out["masks"][0].shape[1]
+    if max(len(m) for m in masks) > P:
+        raise ValueError(f"prompt_losses: {max(len(m) for m in masks)} targets of one image, but {P} prompts")
+    n = sum(len(m) for m in masks) if num_masks is None else num_masks
+    masks = [fitted(m, out["masks"][0]) for m in masks]
+    ignore = fitted(ignore, out["masks"][0])
+    total = {"mask": 0.0, "dice": 0.0, "iou": 0.0}
+    count = torch.as_tensor(n, device=ignore.device).clamp_min(1)
+    for found, quality in zip(out["masks"], out["iou"], strict=True):
+        for b, target in enumerate(masks):
+            Q = len(target)
+            bce, dice = mask_losses(found[b, :Q], target, n, points, generator, ignore[b])
+            reached = iou_at(found[b, :Q], target, ignore[b])
+            total["mask"] = total["mask"] + weights["mask"] * bce
+            total["dice"] = total["dice"] + weights["dice"] * dice
+            total["iou"] = total["iou"] + weights["iou"] * iou_loss(quality[b, :Q, 0], reached).sum() / count
+    return total
+
+
+def fitted(targets: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """bool (..., H, W), padded right and below with False to the area that masks (..., h, w) cover.
+
+    ValueError where it is larger than that.
+    """
+    below, right = (STRIDE * n - m for n, m in zip(masks.shape[-2:], targets.shape[-2:], strict=True))
+    if min(below, right) < 0:
+        raise ValueError(
+            f"segment_losses: targets of {tuple(targets.shape[-2:])} px, masks of {tuple(masks.shape[-2:])}"
+        )
+    return F.pad(targets, (0, right, 0, below))
+
+
+@torch.no_grad()
+def iou_at(masks: torch.Tensor, targets: torch.Tensor, ignore: torch.Tensor) -> torch.Tensor:
+    """IoU at image size: logits (Q, [T], h, w), targets (Q, [T], H, W), ignored pixels ([T], H, W) left out -> (Q,)."""
+    H, W = targets.shape[-2:]
+    frames = masks.detach().float().reshape(1, -1, *masks.shape[-2:])  # (1, Q T, h, w)
+    if not frames.numel():
+        return frames.new_zeros(len(masks))
+    large = F.interpolate(frames, (H, W), mode="bilinear", align_corners=False).reshape(targets.shape)
+    return mask_iou(large.masked_fill(ignore, -1.0), targets & ~ignore)
