@@ -63,6 +63,8 @@ def test_void_is_never_clicked_and_never_counts():
     assert next_click(target, pred, counts) is None
     simulator = ClickSimulator(target[None], counts)
     assert simulator.show(pred[None]).tolist() == [1.0]
+    hidden = square(0, 0, 8, 10)  # what is left of the object is clicked, where it is deepest
+    assert next_click(target, np.zeros_like(target), ~hidden) == (8, 0, 1)
 
 
 def test_no_point_twice():

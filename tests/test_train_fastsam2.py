@@ -61,6 +61,8 @@ def test_every_task_is_trained_and_validated(tmp_path):
     assert {"panoptic PQ", "instance AP", "semantic mIoU", "interactive IoU", "referring right"} <= set(rows[-1])
     assert (out / "val.png").stat().st_size > 1000 and (out / "curves.png").stat().st_size > 1000
     cfg = FastSAM2.from_checkpoint(out / "last").cfg
+    about = run.read_config(out / "last")["data"]
+    assert about == {"category_ids": list(range(1, 9)), "image_size": [32, 32]}, "what prediction needs"
     assert cfg.classes == CLASSES and cfg.is_thing == [True] * 4 + [False] * 4 and cfg.text == "hash"
 
 

@@ -312,6 +312,8 @@ def main(argv: list[str] | None = None) -> None:
     tasks = args.tasks or [t for t in IMAGE_TASKS if any(t in s.tasks for s in sources)]
     model, embed = build(args, sources, r)
     classes = model.cfg.classes
+    numbers = sources[0].category_ids if classes == list(sources[0].classes) else range(1, len(classes) + 1)
+    numbers = [int(n) for n in numbers]  # of the classes in the files that prediction writes
     prompts = Prompts(number=args.prompts, kinds=PROMPTS, jitter=0.1, coarse=4)
     sets = make_sets(sources, classes, tasks, lambda t: training_view(t, height, width), prompts, args.seed)
     mixture = TaskMixture(sets)
@@ -383,7 +385,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(f"step {step}: weights are not finite; try a lower --lr or --dtype fp32")
             state = {"optimizer": opt.state_dict(), "scaler": scaler.state_dict(), "best": best, "args": vars(args)}
             state |= {"world": r.world} | ({"trained": model.state_dict()} if args.ema else {})
-            run.save_checkpoint(out, step, averaged, averaged.config_dict(), state, best=is_best)
+            about = {**averaged.config_dict(), "data": {"category_ids": numbers, "image_size": [height, width]}}
+            run.save_checkpoint(out, step, averaged, about, state, best=is_best)
 
     # ---- loop
     run.watch_sigterm(r)
