@@ -33,13 +33,31 @@ def test_word_logprobs():
     torch.testing.assert_close(got[words != PAD], want[words != PAD])
 
 
+@pytest.mark.parametrize("never", [(0,), (0, 1, 2), (2, 5)])
+def test_words_that_are_never_said_leave_their_probability_to_the_others(never):
+    """Oracle: log-softmax without them."""
+    torch.manual_seed(0)
+    logits, words = 3 * torch.randn(4, 6, 9), torch.tensor([3, 4, 6, 7, 8])[torch.randint(5, (4, 6))]
+    counted = torch.rand(4, 6) < 0.7
+    masked = logits.index_fill(-1, torch.tensor(never), -torch.inf).requires_grad_()
+    want = masked.log_softmax(-1).gather(-1, words[..., None]).squeeze(-1).masked_fill(~counted, 0)
+    logits.requires_grad_()
+    got = word_logprobs(logits, words, counted, never)
+    torch.testing.assert_close(got, want)
+    for x in (got, want):
+        x.square().sum().backward()
+    torch.testing.assert_close(logits.grad, masked.grad, atol=1e-5, rtol=1e-4)
+    assert (got[counted] > word_logprobs(logits, words, counted)[counted]).all()
+
+
 def test_baselines():
     rewards = torch.tensor([[1.0, 2.0, 6.0]])
     assert advantages(rewards, "beam").tolist() == [[-2.0, -1.0, 3.0]]
     assert advantages(rewards, "sample").tolist() == [[-3.0, -1.5, 4.5]]
     assert advantages(rewards[:, :1], "greedy", torch.tensor([[3.0]])).tolist() == [[-2.0]]
-    with pytest.raises(ValueError, match="no baseline"):
-        advantages(rewards[:, :1], "sample")
+    for estimator in ("beam", "sample"):
+        with pytest.raises(ValueError, match=f"{estimator} compares .* k = 1 has no baseline"):
+            advantages(rewards[:, :1], estimator)
     with pytest.raises(ValueError, match="greedy_rewards"):
         advantages(rewards[:, :1], "greedy")
 

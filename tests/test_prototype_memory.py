@@ -54,6 +54,56 @@ def test_clusters_and_their_values_are_found():
     assert not torch.allclose(layer(x, x, x), made()(x, x, x)), "prototypes must be attended to"
 
 
+def filled(keys, values, prototypes: int, start=None) -> PrototypeAttention:
+    """A layer whose bank holds exactly these (S, d_k) in every head; start (P, d_k): the prototypes there are."""
+    layer = PrototypeAttention(D, H, prototypes, len(keys)).eval()
+    layer.bank_k.copy_(keys), layer.bank_v.copy_(values)
+    layer.noted.fill_(len(keys))
+    if start is not None:
+        layer.prototype_k.copy_(start), layer.ready.fill_(True)
+    return layer
+
+
+def test_a_value_is_the_mean_of_the_nearest_values_weighted_by_nearness():
+    """By hand: softmax(-distance^2 / sqrt(d_k)) over the 8 nearest keys."""
+    torch.manual_seed(0)
+    keys, values = torch.randn(40, 4).half().float(), torch.randn(40, 4).half().float()
+    layer = filled(keys, values, 5)
+    assert layer.refresh(torch.Generator().manual_seed(0))
+    for centre, value in zip(layer.prototype_k[0], layer.prototype_v[0], strict=True):
+        squared = (keys - centre).square().sum(-1)  # (40,)
+        near = squared.argsort()[:8]
+        weights = (-squared[near] / 4**0.5).exp()
+        torch.testing.assert_close(value, (weights[:, None] * values[near]).sum(0) / weights.sum())
+
+
+def test_clustering_goes_on_from_the_prototypes_there_are():
+    """Each stays with the cluster that it lies next to, in the order they had."""
+    centres = torch.tensor([[5.0, 0, 0, 0], [0, 5, 0, 0], [0, 0, 5, 0], [0, 0, 0, 5]])
+    keys = centres.repeat(8, 1)
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]):
+        layer = filled(keys, keys, 4, start=centres[order] * 0.9)
+        assert layer.refresh(torch.Generator().manual_seed(0))
+        torch.testing.assert_close(layer.prototype_k, centres[order].expand(H, -1, -1))
+
+
+def test_clustering_takes_as_many_rounds_as_it_needs():
+    """0 and 1 among 0..9 on a line reach 2 and 7 in five rounds."""
+    keys = torch.zeros(10, 4)
+    keys[:, 0] = torch.arange(10)
+    layer = filled(keys, keys, 2, start=keys[:2])
+    layer.refresh()
+    assert layer.prototype_k[:, :, 0].tolist() == [[2.0, 7.0]] * H
+
+
+def test_a_prototype_to_which_no_key_belongs_stays_where_it_is():
+    start = torch.tensor([[0.0, 0, 0, 0], [50.0, 50, 50, 50]])
+    layer = filled(torch.randn(16, 4), torch.randn(16, 4), 2, start=start)
+    layer.refresh()
+    assert (layer.prototype_k[:, 1] == 50).all() and (layer.prototype_k[:, 0].abs() < 3).all()
+    assert layer.prototype_v.isfinite().all()
+
+
 def test_only_words_that_are_seen_are_noted():
     layer = made()
     k = torch.cat([torch.ones(2, H, 1, 4), torch.full((2, H, 2, 4), 9.0)], 2)

@@ -34,6 +34,32 @@ def test_cosine_rises_then_falls():
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
+def test_cosine_by_hand():
+    """From 1 % of the peak, and the fall begins where the rise ends."""
+    assert schedules.cosine(0, 2000, 1.0, 1000) == pytest.approx(0.01 + 0.99 / 1000)
+    assert schedules.cosine(499, 2000, 1.0, 1000) == pytest.approx(0.01 + 0.99 / 2)
+    for step, share in ((1000, 1.0), (1250, (1 + 0.5**0.5) / 2), (1500, 0.5), (1750, (1 - 0.5**0.5) / 2)):
+        assert schedules.cosine(step, 2000, 4e-4, 1000) == pytest.approx(4e-4 * share)
+
+
+def test_rates_that_no_flag_gives_are_those_of_the_papers():
+    """RSTNet's base in stage xe, M2's, RSTNet's and PureT's constant rate on the reward; cosine is ours."""
+    kw = {"steps": 100, "per_epoch": 10, "lr": None, "warmup": 0, "dim": 512}
+    rates = {name: schedules.learning_rate(name, 50, **kw) for name in ("rst", "constant")}
+    assert rates == {"rst": 1e-4, "constant": 5e-6}
+    assert schedules.learning_rate("cosine", 0, **kw) == 4e-4
+    assert set(schedules.DEFAULTS) == {"rst", "constant", "cosine"}
+
+
+def test_noam_follows_the_width_of_the_model():
+    kw = {"steps": 9_000, "per_epoch": 100, "lr": None, "warmup": 400}
+    for dim in (64, 512):
+        for step in (0, 399, 8_000):
+            s = step + 1
+            rate = schedules.learning_rate("noam", step, dim=dim, **kw)
+            assert rate == pytest.approx(dim**-0.5 * min(s**-0.5, s * 400**-1.5))
+
+
 @pytest.mark.parametrize("name", schedules.NAMES)
 def test_every_schedule_is_above_0_at_every_step(name):
     kw = {"steps": 300, "per_epoch": 20, "lr": None, "warmup": 100, "dim": 512}
@@ -67,13 +93,17 @@ def test_a_step_that_changes_nothing_is_refused():
 
 
 def test_the_first_loss_that_is_not_finite_stops_and_its_batch_is_saved(tmp_path):
-    guard = LossGuard(tmp_path)
+    guard = LossGuard(tmp_path, rank=3)
     guard.note(1, torch.tensor(3.0), {"tokens": torch.tensor([1])})
-    guard.note(2, torch.tensor(math.nan), {"tokens": torch.tensor([7, 8]), "image_id": [5]})
+    batch = {"tokens": torch.tensor([7, 8]), "image_id": [5, "x"], "references": [["a dog"], ["a cat"]]}
+    guard.note(2, torch.tensor(math.nan), batch)
     with pytest.raises(UserError, match="step 2: loss is nan"):
         guard.note(3, torch.tensor(1.0), {})
     (saved,) = tmp_path.glob("bad_batch_*")
-    assert torch.load(saved, weights_only=True)["tokens"].tolist() == [7, 8]
+    assert saved.name == "bad_batch_step_000002_rank_3.pt", "two ranks must not write the same file"
+    found = torch.load(saved, weights_only=True)
+    assert found.pop("tokens").tolist() == [7, 8] and found == {k: batch[k] for k in ("image_id", "references")}
+    assert guard.check() is None, "a step is looked at once"
 
 
 def test_the_last_loss_is_looked_at_too(tmp_path):
@@ -89,6 +119,26 @@ def test_a_loss_that_stands_still_is_noted_once(tmp_path, end, warns):
     losses = [9.28] * 20 + [end] * 30
     said = [guard.note(s, torch.tensor(x), {}) for s, x in enumerate(losses, 1)]
     assert sum(w is not None for w in said) == warns
+
+
+def warnings_of(guard: LossGuard, losses: list[float], first: int = 1) -> list[int]:
+    """Steps, counted from `first`, whose noting gave a warning."""
+    return [s for s, x in enumerate(losses, first) if guard.note(s, torch.tensor(x), {})]
+
+
+def test_a_loss_that_has_moved_once_stands_not_still(tmp_path):
+    assert warnings_of(LossGuard(tmp_path, patience=30), [9.28] * 10 + [5.0] * 5 + [9.28] * 30) == []
+
+
+def test_a_resumed_run_has_no_first_loss_to_compare_with(tmp_path):
+    """Its losses are low from the start and move little."""
+    assert warnings_of(LossGuard(tmp_path, patience=30), [2.0] * 40, first=11) == []
+
+
+def test_the_warning_comes_once_though_micro_batches_share_a_step(tmp_path):
+    guard = LossGuard(tmp_path, patience=30)
+    said = [guard.note(s, torch.tensor(9.28), {}) for s in range(1, 40) for _ in range(2)]
+    assert [s // 2 for s, w in enumerate(said) if w] == [29], "noted one note later, in step 30"
 
 
 def stopped_at(scores, **kw) -> int | None:

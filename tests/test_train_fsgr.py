@@ -2,22 +2,31 @@
 
 import functools
 import importlib.util
+import inspect
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import nn
 
-from data.caption_vocab import CaptionVocab
+from data.caption_files import load_captions
+from data.caption_vocab import NEVER_SAID, PAD, CaptionVocab
+from data.coco_captions import CaptionCollate, ImageItems, ImageReader
 from data.shape_captions import write_shapes
+from models.caption_decoding import beam_search
 from models.clip import load_clip, save_tiny_snapshot
 from models.fsgr import FSGR
 from utils import run
+from utils.caption_metrics import CiderReward, DocumentFrequencies, score_captions
+from utils.ptb_tokenizer import tokenize
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEEDS = {"items_per_s", "decode_s", "reward_s", "backward_s"}  # what is not repeatable
@@ -64,6 +73,13 @@ def refused(capsys, data: Path, out: Path, /, **more) -> str:
     return said
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs without curves.png and val.png, which take longer than a few steps."""
+    for name in ("curves", "draw_progress"):
+        monkeypatch.setattr(script("train/train_fsgr.py"), name, lambda *_: None)
+
+
 def metrics(out: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in SPEEDS} for row in run.read_metrics(out)]
 
@@ -105,12 +121,24 @@ def test_first_stage(data, trained):
 
 
 @pytest.mark.parametrize("estimator", ["beam", "sample", "greedy"])
-def test_second_stage(data, trained, tmp_path, estimator):
+def test_second_stage(data, trained, tmp_path, estimator, monkeypatch, no_pictures):
+    module, told = script("train/train_fsgr.py"), []
+
+    def noted(*args, **kw):
+        told.append(inspect.signature(loss).bind(*args, **kw).arguments)
+        return loss(*args, **kw)
+
+    loss = module.self_critical_loss
+    monkeypatch.setattr(module, "self_critical_loss", noted)
     more = {"m2_norm": True, "idf": "caption"} if estimator == "beam" else {"no_eos_reward": True}
     out = train(data, tmp_path / "rl", init=trained / "last", estimator=estimator, epochs=1, **RL, **more)
     rows = [row for row in run.read_metrics(out) if "reward" in row]
     assert len(rows) == 3 and all(math.isfinite(row["reward"]) and row["grad"] > 0 for row in rows)
     assert all(row["decode_s"] > 0 and row["reward_s"] > 0 and row["backward_s"] > 0 for row in rows)
+    m2 = estimator == "beam"
+    wanted = {"estimator": estimator, "k": 3, "max_len": 12, "end": m2, "m2_norm": m2, "never": NEVER_SAID}
+    assert len(told) == 3 and all({k: x[k] for k in wanted} == wanted for x in told)
+    assert told[0]["reward"].frequencies.documents == (12 * 5 if m2 else 12), "--idf"
     before, after = weights(trained), weights(out)
     assert any(not torch.equal(before[k], after[k]) for k in before)
     assert FSGR.from_checkpoint(out / "last").cfg.vocab == FSGR.from_checkpoint(trained / "last").cfg.vocab
@@ -159,13 +187,161 @@ def test_tower_codebook_and_words_come_from_a_local_clip(data, tmp_path):
 def test_overfit_flag_trains_and_validates_on_the_same_pictures(data, tmp_path):
     out = train(data, tmp_path / "run", overfit=4, captions_per_image=0, epochs=3)
     assert [x["image_id"] for x in json.loads((out / "val_captions.json").read_text())] == [1, 2, 3, 4]
+    assert metrics(out)[-1]["step"] == 3, "one caption of each: a step an epoch"
+
+
+# ---- its parts
+
+
+def test_optimizer_betas_rates_and_what_decays(data, tmp_path, monkeypatch, no_pictures):
+    """A matrix or kernel of any layer decays; norms, biases, tables, prompts and position embeddings do not."""
+    module, made = script("train/train_fsgr.py"), []
+
+    def kept(name):
+        make = getattr(module if name == "new_captioner" else torch.optim, name)
+        return lambda *a, **kw: made.append(make(*a, **kw)) or made[-1]
+
+    monkeypatch.setattr(module, "new_captioner", kept("new_captioner"))
+    monkeypatch.setattr(torch.optim, "AdamW", kept("AdamW"))
+    more = {"weight_decay": 0.03, "backbone_lr": 0.5, "train_backbone": True, "prompts": 2, "lr": "1e-3"}
+    out = train(data, tmp_path / "run", stop_at=1, schedule="constant", overfit=4, **more)
+    model, opt = made
+    assert opt.defaults["betas"] == (0.9, 0.98) and all(g["betas"] == (0.9, 0.98) for g in opt.param_groups)
+    kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    names = {id(p): name for name, p in model.named_parameters()}
+    kernels |= {i for i, name in names.items() if name.endswith("in_proj_weight")}
+    of = {names[id(p)]: (g, id(p) in kernels) for g in opt.param_groups for p in g["params"]}
+    assert sum(len(g["params"]) for g in opt.param_groups) == len(of)
+    assert set(of) == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, (group, kernel) in of.items():
+        assert group["lr"] == (0.5e-3 if name.startswith("backbone.") else 1e-3), name
+        assert group["weight_decay"] == (0.03 if kernel else 0.0), name
+    assert {"backbone.positional_embedding", "decoder.word_emb.weight", "encoder.layer_norm.weight"} <= set(of)
+    row = metrics(out)[0]
+    assert (row["lr"], row["lr_backbone"]) == (1e-3, 0.5e-3)
+
+
+def test_micro_batches_are_averaged(data, tmp_path, no_pictures):
+    """Twice the same item: loss and gradient of once."""
+    rows = []
+    for accum in (1, 2):
+        more = {"overfit": 1, "captions_per_image": 0, "batch_size": 1, "dropout": 0, "no_semantic": True}
+        out = train(data, tmp_path / str(accum), accum=accum, epochs=1, val_beam=1, **more)
+        rows.append(metrics(out)[0])
+    assert rows[0]["step"] == 1 and [rows[1][k] for k in ("xe", "grad")] == pytest.approx(
+        [rows[0][k] for k in ("xe", "grad")], rel=1e-4
+    )
+
+
+class Fixed(nn.Module):
+    """A net that answers what it was told."""
+
+    def __init__(self, **out: torch.Tensor):
+        super().__init__()
+        self.out = out
+
+    def forward(self, images, tokens):
+        return self.out
+
+
+CPU = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, main=True, ddp=False)
+
+
+@pytest.mark.parametrize("kind", ["none", "supcon", "ce"])
+def test_loss_of_the_first_stage(kind):
+    """Cross-entropy, smoothed in training, plus beta times the loss of --dense-loss on the patches."""
+    torch.manual_seed(0)
+    module, e, beta, V = script("train/train_fsgr.py"), 0.1, 0.7, 9
+    tokens = torch.tensor([[2, 5, 6, 3], [2, 7, 3, PAD]])
+    logits, dense_logits = torch.randn(2, 3, V, requires_grad=True), torch.randn(2, 6, 4, requires_grad=True)
+    features = F.normalize(torch.randn(2, 6, 8), dim=-1).requires_grad_()
+    batch = {"image": torch.zeros(2, 3, 8, 8), "tokens": tokens, "patch_labels": torch.randint(-1, 4, (2, 6))}
+    net = Fixed(logits=logits, dense_logits=dense_logits, features=features)
+    args = SimpleNamespace(label_smoothing=e, dense_loss=kind, beta=beta)
+    target = torch.full((2, 3, V), e / (V - 1)).scatter(-1, tokens[:, 1:, None], 1 - e)
+    kept = tokens[:, 1:] != PAD
+    smoothed = -(target * logits.log_softmax(-1)).sum(-1)[kept].mean()
+    plain = F.cross_entropy(logits[kept], tokens[:, 1:][kept])
+    if kind == "ce":
+        dense = F.cross_entropy(dense_logits.flatten(0, 1), batch["patch_labels"].flatten(), ignore_index=-1)
+    else:
+        dense = module.supcon_loss(features.flatten(0, 1), batch["patch_labels"].flatten())
+    for training, xe in ((True, smoothed), (False, plain)):
+        loss, values = module.xe_loss(net.train(training), None, None, batch, args, CPU)
+        torch.testing.assert_close(loss, xe if kind == "none" else xe + beta * dense)
+        assert values["xe"].item() == pytest.approx(xe.item())
+        assert ("dense" in values) == (kind != "none")
+    loss.backward()
+    assert (dense_logits.grad is not None) == (kind == "ce") and (features.grad is not None) == (kind == "supcon")
+    assert kind == "none" or values["dense"].item() == pytest.approx(dense.item()) and dense > 0.1
+
+
+def test_validation_says_of_every_picture_what_the_model_says_of_it_alone(data, trained):
+    module, model, modes = script("train/train_fsgr.py"), FSGR.from_checkpoint(trained / "last"), set()
+    vocab = CaptionVocab(model.cfg.vocab)
+    likes_unk = 9.0 * F.one_hot(torch.tensor(0), len(vocab))  # so that a search that may say <unk> does
+
+    def hook(layer, given, out):
+        modes.add(model.training)
+        return out + likes_unk
+
+    model.decoder.fc.register_forward_hook(hook)
+    items = ImageItems(load_captions(data, "train")[0], ImageReader(64))
+    batches = [CaptionCollate(len(vocab))([items[i] for i in part]) for part in ((0, 1, 2), (3, 4))]
+    args = SimpleNamespace(val_beam=2, max_len=12)
+    values, captions = module.validate(model.train(), batches, args, CPU, vocab)
+    assert modes == {False} and model.training, "in eval mode, and back"
+    alone, references = {}, {}
+    model.eval()
+    for batch in (CaptionCollate(len(vocab))([items[i]]) for i in range(5)):
+        with torch.no_grad():
+            memory, _ = model.encode(batch["image"])
+        found = beam_search(model.decoder, memory, 2, 12, never=NEVER_SAID).tokens[0, 0]
+        alone[batch["image_id"][0]], references[batch["image_id"][0]] = vocab.decode(found), batch["references"][0]
+    assert captions == alone and list(captions) == [1, 2, 3, 4, 5] and len(set(alone.values())) > 1
+    assert all(words and set(words.split()) <= set(vocab.itos[4:]) for words in captions.values())
+    with torch.no_grad():
+        said = beam_search(model.decoder, memory, 2, 12).tokens
+    assert (said == 0).any(), "else <unk> was never near"
+    corpus = score_captions(references, alone)["corpus"]
+    assert values == {k: corpus[k] for k in ("CIDEr-D", "BLEU-4", "ROUGE-L")} | {
+        "distinct": len(set(alone.values())),
+        "n": 5,
+    }
+
+
+@pytest.mark.parametrize("idf", ["image", "caption"])
+@pytest.mark.parametrize("no_eos", [False, True])
+def test_reward_counts_and_compares_as_the_flags_say(tmp_path, idf, no_eos):
+    texts = {1: ["A dog runs.", "The dog is running home."], 2: ["A cat sleeps.", "A cat on a mat.", "Cats sleep."]}
+    images = [{"image_id": i, "captions": list(enumerate(of))} for i, of in texts.items()]
+    args = SimpleNamespace(idf=idf, no_eos_reward=no_eos)
+    reward = script("train/train_fsgr.py").make_reward(SimpleNamespace(images=images), tmp_path, args, CPU)
+    end = "" if no_eos else " <eos>"
+    references = {i: [tokenize(text) + end for text in of] for i, of in texts.items()}
+    documents = list(references.values()) if idf == "image" else [[text] for of in references.values() for text in of]
+    oracle = CiderReward(DocumentFrequencies.of_images(documents), references)
+    assert reward.frequencies == oracle.frequencies and reward.frequencies.documents == (2 if idf == "image" else 5)
+    ids, said = [2, 1, 1, 2], ["a cat sleeps", "a dog runs", "a dog runs <eos>", "a cat sleeps <eos>"]
+    assert reward(ids, said) == pytest.approx(oracle(ids, said))
+    ended, unended = reward([1, 1], said[2:0:-1])
+    assert (ended < unended) if no_eos else (ended > unended)
 
 
 # ---- the same again
 
 
-def test_prototypes_are_clustered_after_the_first_epoch_and_saved(data, tmp_path):
-    out = train(data, tmp_path / "run", prototypes=8, bank=256, prototype_every=1)
+def test_prototypes_are_clustered_after_the_first_epoch_and_saved(data, tmp_path, monkeypatch):
+    module, steps = script("train/train_fsgr.py"), []
+
+    def noted(model, seed, step, r):
+        steps.append(step)
+        refresh(model, seed, step, r)
+
+    refresh = module.refresh_prototypes
+    monkeypatch.setattr(module, "refresh_prototypes", noted)
+    out = train(data, tmp_path / "run", prototypes=8, bank=256, prototype_every=2)
+    assert steps == [4, 6], "an epoch is 3 steps"
     found = weights(out)
     for k in range(4):
         at = f"decoder.layers.{k}.self_att.attention."
@@ -268,6 +444,23 @@ def test_the_first_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys,
     assert not (tmp_path / "run" / "last").exists(), "weights after a broken step are not saved"
 
 
+@pytest.mark.parametrize("ending", ["stop_at", "save_every", "SIGTERM"])
+def test_the_loss_of_the_last_step_is_looked_at_before_weights_are_saved(data, tmp_path, capsys, monkeypatch, ending):
+    module, calls = script("train/train_fsgr.py"), []
+
+    def second_is_nan(*args):
+        calls.append(args)
+        return loss(*args) * (math.nan if len(calls) == 2 else 1.0)
+
+    loss = module.caption_loss
+    monkeypatch.setattr(module, "caption_loss", second_is_nan)
+    if ending == "SIGTERM":
+        monkeypatch.setattr(run, "should_stop", lambda r: len(calls) == 2)
+    more = {} if ending == "SIGTERM" else {ending: 2}
+    assert "step 2: loss is nan" in refused(capsys, data, tmp_path / "run", **more)
+    assert not (tmp_path / "run" / "last").exists() and len(calls) == 2
+
+
 def test_the_stage_ends_after_patience_validations_without_a_better_score(data, tmp_path, monkeypatch, capsys):
     module = script("train/train_fsgr.py")
     scores = iter([0.1, 0.5, 0.4, 0.3, 0.9])
@@ -276,6 +469,15 @@ def test_the_stage_ends_after_patience_validations_without_a_better_score(data, 
     out = train(data, tmp_path / "run", epochs=9, patience=2)
     assert [row["CIDEr-D"] for row in metrics(out) if "CIDEr-D" in row] == [0.1, 0.5, 0.4, 0.3]
     assert (out / "best").resolve().name == "step_000006" and "stage ends" in capsys.readouterr().out
+
+
+def test_least_epochs_are_epochs_however_many_lie_between_validations(data, tmp_path, monkeypatch, no_pictures):
+    module, scores = script("train/train_fsgr.py"), iter([0.5, 0.4, 0.3, 0.2, 0.1])
+    values = {"BLEU-4": 0.0, "ROUGE-L": 0.0}
+    monkeypatch.setattr(module, "score_captions", lambda *_: {"corpus": {"CIDEr-D": next(scores), **values}})
+    more = {"overfit": 2, "captions_per_image": 0, "batch_size": 2}  # a step is an epoch
+    out = train(data, tmp_path / "run", epochs=9, val_epochs=2, patience=1, least_epochs=5, **more)
+    assert [row["epoch"] for row in metrics(out) if "CIDEr-D" in row] == [2, 4, 6]
 
 
 def test_output_depends_on_the_picture_and_on_nothing_else_of_the_batch(data, trained):
