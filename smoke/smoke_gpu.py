@@ -16,7 +16,9 @@ from utils import run
 from utils.run import ROOT, UserError
 
 TRAIN = "train/train.py --device cuda --batch-size 8 --size 112x112 --shift gsm --val-clips 16 --clips 160"
-CAPTIONS = "train/train_fsgr.py --device cuda --data runs/gpu/shapes --cache-gb 1 --batch-size 16 --workers 4 --epochs 2"
+CAPTIONS = (
+    "train/train_fsgr.py --device cuda --data runs/gpu/shapes --cache-gb 1 --batch-size 16 --workers 4 --epochs 2"
+)
 COMMANDS = [
     "smoke/smoke_mamba.py --device cuda",
     "smoke/smoke_mamba.py --device cuda --dtype bf16",
