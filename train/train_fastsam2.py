@@ -1,4 +1,4 @@
-"""Train FastSAM2 on several image tasks at once: panoptic, instance, semantic, interactive, referring.
+"""Train FastSAM2 on several image tasks at once: panoptic (and so instance and semantic), interactive, referring.
 
 python train/train_fastsam2.py --data shapes --backbone resnet18 --out runs/shapes              # rendered, CPU, 25 minutes
 python train/train_fastsam2.py --data panoptic=coco/annotations/panoptic_train2017.json --imagenet resnet50.pth \\
@@ -54,6 +54,7 @@ from utils.weights import load_strict, read_tensors
 
 FORMATS = {"panoptic": CocoPanoptic, "instances": CocoInstances, "cityscapes": Cityscapes, "sa1b": Sa1b}
 FORMATS |= {"refcoco": functools.partial(RefCoco, split="train")}
+PART_OF_PANOPTIC = ("instance", "semantic")
 PROMPTS = {"point": 0.5, "box": 0.3, "mask": 0.1, "point+box": 0.1}  # what points at the objects of task interactive
 
 
@@ -86,7 +87,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument(
         "--val-data", nargs="+", default=None, metavar="FORMAT=PATH", help="likewise (default: shapes alone)"
     )
-    g.add_argument("--tasks", nargs="+", default=None, choices=IMAGE_TASKS, help="default: all that the data have")
+    g.add_argument(
+        "--tasks",
+        nargs="+",
+        default=None,
+        choices=IMAGE_TASKS,
+        help="default: what the data have; with panoptic, instance and semantic are read off it",
+    )
     g.add_argument(
         "--share", nargs="+", default=[], metavar="TASK=X", help="how often a task is drawn (default 1 each)"
     )
@@ -155,6 +162,13 @@ def open_sources(flag: str, specs: list[str], size: int, seed: int) -> list:
     if missing:
         raise UserError(f"{flag}: {len(missing)} of {len(specs)} cannot be used: " + "; ".join(missing))
     return sources
+
+
+def default_tasks(sources) -> list[str]:
+    """All tasks that the data have; but with panoptic the tasks that contradict it are read off it, not trained: of
+    instance stuff is background, and semantic wants one mask for all things of a class, from the same queries."""
+    found = [t for t in IMAGE_TASKS if any(t in s.tasks for s in sources)]
+    return [t for t in found if "panoptic" not in found or t not in PART_OF_PANOPTIC]
 
 
 class Renumbered(Dataset):
@@ -309,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     sources = open_sources("--data", args.data, min(height, width), args.seed)
     for source in sources:
         run.say(r, f"# {source.summary()}")
-    tasks = args.tasks or [t for t in IMAGE_TASKS if any(t in s.tasks for s in sources)]
+    tasks = args.tasks or default_tasks(sources)
     model, embed = build(args, sources, r)
     classes = model.cfg.classes
     numbers = sources[0].category_ids if classes == list(sources[0].classes) else range(1, len(classes) + 1)
@@ -324,7 +338,8 @@ def main(argv: list[str] | None = None) -> None:
         if strange:
             raise UserError(f"--val-data: class '{strange[0]}' of {source.name} is in none of --data; give others")
     kinds = Prompts(number=args.prompts, kinds={"point": 0.5, "box": 0.5})
-    val_tasks = [t for t in tasks if any(t in s.tasks for s in val_sources)]
+    read_off = PART_OF_PANOPTIC if "panoptic" in tasks else ()
+    val_tasks = [t for t in IMAGE_TASKS if (t in tasks or t in read_off) and any(t in s.tasks for s in val_sources)]
     val_sets = make_sets(val_sources, classes, val_tasks, lambda t: View(height, width), kinds, 0) if val_tasks else {}
     collate = SegmentCollate()
     load = {"collate_fn": collate, "num_workers": args.workers, "worker_init_fn": run.ignore_sigterm}
