@@ -70,12 +70,14 @@ smoke: setup
 	$(PY) smoke/smoke_mamba.py
 	$(PY) smoke/smoke_tempopeak.py
 	$(PY) smoke/smoke_fsgr.py
+	$(PY) smoke/smoke_fastsam2.py
 
 bench: setup
 	$(PY) smoke/bench_mamba.py
 	$(PY) smoke/bench_mamba.py --memory
 	$(PY) smoke/bench_caption_reward.py
 	$(PY) smoke/bench_fsgr.py
+	$(PY) smoke/bench_fastsam2.py
 
 gpu-check: setup
 	$(PY) -m pytest -q -m gpu

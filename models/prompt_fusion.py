@@ -210,7 +210,7 @@ class PromptFusion(nn.Module):
             (POINT, self.point_tokens(prompts, size), prompts.point_labels >= 0),
             (BOX, self.box_tokens(prompts.boxes, size), prompts.has_box.repeat_interleave(2, 2)),
             (MASK, self.mask_tokens(masks), prompts.has_mask),
-            (MASK, no_mask, ~prompts.has_mask.any(2, keepdim=True)),
+            (MASK, no_mask, prompts.has_mask.sum(2, keepdim=True) == 0),
             (LOOK, self.look_tokens(masks, features), prompts.has_mask),
             (TEXT, self.text_tokens(prompts.texts), prompts.has_text),
         )

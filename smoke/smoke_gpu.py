@@ -43,6 +43,13 @@ COMMANDS = [
     f"{CAPTIONS} --stage rl --init runs/gpu/xe/best --dtype fp16 --out runs/gpu/rl",
     "-m torch.distributed.run --nproc_per_node=gpu "
     + f"{CAPTIONS} --stage rl --init runs/gpu/xe/best --dtype bf16 --out runs/gpu/rl_ddp",
+    "smoke/smoke_fastsam2.py --device cuda",
+    "smoke/smoke_fastsam2.py --device cuda --dtype bf16",
+    "smoke/bench_fastsam2.py --device cuda --backbone resnet50 --size 800x1333 --rounds 100",
+    "smoke/bench_fastsam2.py --device cuda --backbone resnet50 --size 800x1333 --rounds 100 --dtype bf16 --compile",
+    "train/train_fastsam2.py --device cuda --dtype bf16 --workers 4 --steps 40 --val-every 40 --out runs/gpu/fastsam2",
+    "-m torch.distributed.run --nproc_per_node=gpu train/train_fastsam2.py --device cuda --dtype fp16 --own-tasks "
+    "--steps 40 --val-every 40 --out runs/gpu/fastsam2_ddp",
     "eval/infer_captions.py runs/gpu/shapes/val2017 --ckpt runs/gpu/rl/best --out runs/gpu/captions --device cuda",
 ]
 

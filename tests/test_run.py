@@ -401,6 +401,8 @@ def test_a_disk_that_fills_up_is_one_sentence(tmp_path, monkeypatch, capsys, par
 
 
 def test_a_folder_without_checkpoint_names_those_nearby(tmp_path):
+    tmp_path = tmp_path / "runs" / "a"  # not beside the folders of other tests, which may hold checkpoints
+    tmp_path.mkdir(parents=True)
     with pytest.raises(UserError, match="config.json is missing.*expected a folder that train/ wrote"):
         run.read_config(tmp_path)
     folder = save(tmp_path, 5)
