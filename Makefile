@@ -7,7 +7,7 @@ PY := .venv/bin/python
 help:
 	@echo "make demo       set up .venv, train on rendered rallies, find the contacts in an unseen video (about 8 minutes)"
 	@echo "make rally      the real-video job: train on the labelled tennis rally under LAB_SHARED, predict, evaluate"
-	@echo "make captions   train a captioner on rendered shapes: cross-entropy, CIDEr reward, captions, scores (6 minutes)"
+	@echo "make captions   train a captioner on rendered shapes: cross-entropy, CIDEr reward, captions, scores (5 minutes)"
 	@echo "make test       set up .venv, lint, all quick tests"
 	@echo "make test-slow  the trainings marked slow as well"
 	@echo "make smoke      does every system run here?"
