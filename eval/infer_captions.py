@@ -15,7 +15,6 @@ import base64
 import html
 import io
 import json
-import re
 import shutil
 import sys
 import time
@@ -33,10 +32,10 @@ from models.caption_decoding import beam_search, greedy, sample
 from models.fsgr import FSGR
 from utils import overlay, run
 from utils.caption_metrics_other import describe
+from utils.picture_files import find_images
 from utils.run import UserError
 from utils.weights import write_sidecar
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # looked for in a folder
 CELL, PER_SHEET, COLUMNS = 320, 24, 6  # px of a picture in a sheet; pictures
 HEAD = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>captions</title><style>body {{font: 15px sans-serif}}
 figure {{display: inline-block; width: {CELL}px; margin: 8px; vertical-align: top}}</style>
@@ -71,34 +70,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ---- inputs
 
 
-def find_images(names: list[str]) -> list[Path]:
-    """The files, and the pictures of the folders by name. UserError for a name that is neither."""
-    found = []
-    for path in map(Path, names):
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise UserError(f"{path}: holds no pictures ({', '.join(SUFFIXES)}); give a folder of pictures")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise UserError(f"{path}: no such file or folder; give pictures or folders of pictures")
-    return found
-
-
-def image_ids(paths: list[Path]) -> list[int | str]:
-    """COCO numbers if every file has one, else stems. UserError when two files would have the same."""
-    numbers = [re.fullmatch(r"(?:COCO_\w+_)?(\d{12})", p.stem) for p in paths]
-    ids = [int(m[1]) for m in numbers] if all(numbers) else [p.stem for p in paths]
-    home: dict[int | str, Path] = {}
-    for i, path in zip(ids, paths, strict=True):
-        if i in home:
-            raise UserError(f"{home[i]} and {path}: both are image '{i}' in the results; rename or leave out one")
-        home[i] = path
-    return ids
-
-
 def check_inputs(args) -> tuple[list[Path], list[int | str]]:
     """Pictures and their ids; UserError before any work is done."""
     run.check_ranges(args, batch_size=(1, 4096), beam=(1, 99), max_len=(2, 999), top_p=(1e-6, 1), limit=(0, 10**9))
@@ -107,8 +78,8 @@ def check_inputs(args) -> tuple[list[Path], list[int | str]]:
         raise UserError(f"--out {out}: is a file; give the name of a folder")
     if (out / "captions.json").exists():
         raise UserError(f"--out {out}: holds captions already; choose a new folder or delete them")
-    paths = find_images(args.images)[: args.limit or None]
-    return paths, image_ids(paths)
+    images = list(find_images(args.images).items())[: args.limit or None]
+    return [path for _, path in images], [i for i, _ in images]
 
 
 # ---- captions

@@ -36,6 +36,7 @@ from models.fastsam2 import FastSAM2
 from utils import overlay, run
 from utils import segment_inputs as user
 from utils import segment_writing as files
+from utils.picture_files import find_images
 from utils.run import UserError
 from utils.weights import write_sidecar
 
@@ -89,7 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_inputs(args) -> tuple[dict[int | str, Path], dict[int | str, list[dict]]]:
     """Pictures by image_id, and the objects that each is asked for; UserError before any work is done."""
     run.check_ranges(args, segment_score=(0, 1), segment_share=(0, 1), draw_score=(0, 1), top=(1, 10**6))
-    out, images, objects = Path(args.out), user.find_images(args.images), user.read_objects(args.prompts)
+    out, images, objects = Path(args.out), find_images(args.images), user.read_objects(args.prompts)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; give the name of a folder")
     for name in (f"{args.task}.json", f"{args.task}_overlays", args.task):

@@ -33,7 +33,7 @@ BELONGS = {  # folder -> the modules that live there
     "data": """video video_index peak_files peak_labels cutaways rally rally_play rally_pictures ball_labels rendered_ball coco_captions caption_vocab caption_files caption_checks coco_classes shape_captions segment_batch segment_checks peak_checks coco_panoptic
         coco_instances sa1b refcoco cityscapes davis ytvis vipseg moving_shapes task_mixture rgbd_folder scannet
         superpoints rooms vessels referring_manifest check_dataset""",
-    "utils": "run weights masks overlay plots ptb_tokenizer caption_metrics caption_metrics_other schedules training_guards panoptic_quality instance_ap segmentation_files segment_writing segment_inputs click_simulator",
+    "utils": "run weights masks overlay plots ptb_tokenizer caption_metrics caption_metrics_other schedules training_guards panoptic_quality instance_ap segmentation_files segment_writing segment_inputs picture_files click_simulator",
     "train": "train",
     "eval": "compare_runs",
 }

@@ -8,7 +8,6 @@ Shapes: Q objects, n clicks of the most clicked one, H W picture, h w the pictur
 text embeddings.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,30 +17,11 @@ import torch
 from utils.run import UserError
 from utils.segmentation_files import need, read_json, read_png
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # looked for in a folder
 SENTENCES = '[{"image_id", "split", "sentences": [{"sent_id", "sent"}]}], as RefCOCO has it'
 FORMS = {"point": ((2, 3), "x,y or x,y,0"), "box": ((4,), "x0,y0,x1,y1")}
 
 
 # ---- pictures and checkpoint
-
-
-def find_images(names: list[str]) -> dict[int | str, Path]:
-    """{image_id: file} of the files and the pictures of the folders. UserError for a name that is neither, or twice."""
-    found = []
-    for path in map(Path, names):
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        if not inside or not inside[0].is_file():
-            raise UserError(f"{path}: no such file, nor a folder of pictures ({', '.join(SUFFIXES)}); check the path")
-        found += inside
-    numbers = [re.fullmatch(r"(?:COCO_\w+_)?(\d{12})", p.stem) for p in found]
-    images: dict[int | str, Path] = {}
-    for path, m in zip(found, numbers, strict=True):
-        i = int(m[1]) if all(numbers) else path.stem
-        if i in images:
-            raise UserError(f"{images[i]} and {path}: both are image '{i}' in the results; rename or leave out one")
-        images[i] = path
-    return images
 
 
 def data_of(config: dict, ckpt: Path | str, K: int, image_size: list[int] | None) -> tuple[list[int], tuple[int, int]]:
