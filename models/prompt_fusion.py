@@ -88,8 +88,8 @@ class PromptBatch:
     @property
     def valid(self) -> torch.Tensor:
         """bool (B, P): something points at the object; the others are padding."""
-        clicked = (self.point_labels >= 0).any(2)
-        return clicked | self.has_box.any(2) | self.has_mask.any(2) | self.has_text.any(2)
+        clicked = (self.point_labels >= 0).sum(2) > 0
+        return clicked | (self.has_box.sum(2) + self.has_mask.sum(2) + self.has_text.sum(2) > 0)
 
     @classmethod
     def pad(cls, prompts: Sequence[dict[str, torch.Tensor]]) -> "PromptBatch":

@@ -4,7 +4,7 @@ Three graphs: an image -> features, features -> objects, features and any mix of
 torch.onnx.export(dynamo=True) under torch.no_grad(), from two images, else the batch is closed. What can stay open:
 the batch; of the objects also the features' sides; of the prompts also their number and that of clicks, at three times
 the time to export. The image's sides are fixed: coordinates and pooled mask prompts become constants of that size.
-A kind of prompt that is not used is marked as absent, not left at length 0: over nothing, onnxruntime's "any" is true.
+A kind of prompt that is not used is marked as absent, or left at length 0.
 """
 
 import pytest
@@ -225,6 +225,27 @@ def test_onnx_prompts_of_a_fixed_number(model):
         for whole, part in zip(padded, fewer, strict=True):
             whole[:, :n] = part
         assert_runs_the_same(session, (f, *padded), Prompts(model)(f, *fewer))
+
+
+class Clicks(Encode):
+    """Kinds of prompts that nobody uses have length 0."""
+
+    def forward(self, features, points, labels):
+        B, P = labels.shape[:2]
+        none = torch.zeros(B, P, 0, dtype=torch.bool)
+        fields = (points, labels, none[..., None].expand(-1, -1, -1, 4).float(), none)
+        fields += (none[..., None, None].expand(-1, -1, -1, H, W), none, torch.zeros(B, P, 0, 16), none)
+        out = self.model.decode(features, self.model.queries(PromptBatch(*fields), features), objects=False)
+        return out["masks"][-1], out["iou"][-1]
+
+
+@torch.no_grad()
+def test_onnx_clicks_alone(model):
+    """Sums, not `any`, of kinds of length 0: over nothing, onnxruntime's `any` is true."""
+    torch.manual_seed(0)
+    inputs = (features(1), *prompts(1, 4, 3)[:2])
+    session, _ = export(Clicks(model), inputs, ({}, {}, {}))
+    assert_runs_the_same(session, inputs, Clicks(model)(*inputs))
 
 
 @torch.no_grad()

@@ -400,6 +400,30 @@ def test_a_disk_that_fills_up_is_one_sentence(tmp_path, monkeypatch, capsys, par
     assert not list(tmp_path.iterdir())
 
 
+def test_resume_auto_finds_the_last_checkpoint_or_begins_anew(tmp_path):
+    def found(out):
+        args = SimpleNamespace(resume="auto", out=str(out))
+        return run.find_resume(args), args.resume
+
+    assert found(tmp_path / "new") == (True, None)
+    save(tmp_path / "run", 3)
+    assert found(tmp_path / "run") == (False, str(tmp_path / "run" / "last"))
+    (tmp_path / "run" / "last").unlink()  # half a folder is not thrown away
+    assert found(tmp_path / "run") == (False, None)
+    args = SimpleNamespace(resume="elsewhere/last", out=str(tmp_path))
+    assert not run.find_resume(args) and args.resume == "elsewhere/last"
+
+
+def test_a_continuation_has_the_same_flags_and_processes():
+    r, args = SimpleNamespace(world=2), SimpleNamespace(resume="x", lr=1e-3, batch_size=4, log="now")
+    state = {"world": 2, "args": {"lr": 1e-3, "batch_size": 4, "log": None}}
+    run.check_continuation(r, args, state, {"log", "resume"})
+    with pytest.raises(UserError, match="that run had --batch-size 8"):
+        run.check_continuation(r, args, {**state, "args": {"lr": 1e-3, "batch_size": 8}}, {"log", "resume"})
+    with pytest.raises(UserError, match="made by 4 processes, these are 2"):
+        run.check_continuation(r, args, {**state, "world": 4}, {"log", "resume"})
+
+
 def test_a_folder_without_checkpoint_names_those_nearby(tmp_path):
     tmp_path = tmp_path / "runs" / "a"  # not beside the folders of other tests, which may hold checkpoints
     tmp_path.mkdir(parents=True)

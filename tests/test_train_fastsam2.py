@@ -99,6 +99,23 @@ def test_resume_is_exact(tmp_path, more):
     assert losses[0] == losses[1]
 
 
+def test_init_takes_weights_and_keeps_the_classes_of_the_data(tmp_path, monkeypatch):
+    """And a run that was killed before its first checkpoint begins anew with --resume auto."""
+    first = train(tmp_path / "first", steps=1, val_items=1, tasks=["panoptic"])
+    module = script("train/train_fastsam2.py")
+    monkeypatch.setattr(module.MovingShapes, "classes", [f"new {name}" for name in CLASSES])
+    out = tmp_path / "second"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"step": 1}\n')
+    more = {"steps": 1, "val_items": 1, "tasks": ["panoptic"], "lr": "1e-12", "resume": "auto"}
+    train(out, init=first / "last", **more)
+    a, b = weights(first), weights(out)
+    name = next(k for k, v in a.items() if k.startswith("neck.") and v.ndim > 1)
+    torch.testing.assert_close(a[name], b[name])
+    assert not torch.allclose(a["head.classifier"], b["head.classifier"])
+    assert FastSAM2.from_checkpoint(out / "last").cfg.classes[0] == "new circle"
+
+
 def test_clicks_go_where_the_mask_is_wrong():
     module = script("train/train_fastsam2.py")
     args = module.parse_args(flags(Path("x")))

@@ -266,12 +266,7 @@ def draw_validation(model, val_set, path: Path, args, r, rows: int = 4) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_flags(args)
-    if args.resume == "auto":
-        last = Path(args.out) / "last"
-        args.resume = str(last) if last.exists() else None
-        restart = args.resume is None and not list(Path(args.out).glob("step_*"))  # killed before its first checkpoint
-    else:
-        restart = False
+    anew = run.find_resume(args)
     r = run.start(args, argv)
     if "mamba2" in args.head:
         run.say(r, f"# {describe_impl(args.impl, r.device)}")
@@ -308,24 +303,14 @@ def main(argv: list[str] | None = None) -> None:
     step, best = 0, -1.0
     if args.resume:
         saved_model, state = TempoPeak.from_checkpoint(args.resume), run.load_state(args.resume)
-        changed = [k for k, v in vars(args).items() if k not in FREE and state["args"].get(k, v) != v]
-        if changed:
-            was = ", ".join(f"--{k.replace('_', '-')} {state['args'][k]}" for k in changed)
-            raise UserError(f"--resume {args.resume}: that run had {was}; repeat them, or start anew with --init")
+        run.check_continuation(r, args, state, FREE)
         if saved_model.cfg != cfg:
             raise UserError(f"--resume {args.resume}: the data give another configuration than its config.json holds")
         model.load_state_dict(saved_model.state_dict())
-        if state["world"] != r.world:
-            raise UserError(
-                f"--resume {args.resume}: made by {state['world']} processes, these are {r.world}; the global batch "
-                "would change; start as many, or start anew with --init"
-            )
         opt.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         step, best = state["step"], state["best"]
-    if restart:  # on every rank, before each looks whether the folder is free; rank 0 writes only after DDP has met
-        (Path(args.out) / "metrics.jsonl").unlink(missing_ok=True)
-    out = run.open_folder(r, args)
+    out = run.open_folder(r, args, anew)
     if r.main:
         run.rewind_metrics(out, step)
     net = model

@@ -120,7 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 # flags that may differ between a run and its continuation: they do not change the numbers
 FREE = {"out", "resume", "stop_at", "log", "workers", "print_every", "val_every", "save_every", "val_items", "device"}
-FREE |= {"imagenet", "init", "val_data"}
+FREE |= {"init", "val_data"}
 
 
 def check_flags(args) -> dict[str, float]:
@@ -311,11 +311,39 @@ def build(args, sources, r) -> tuple[FastSAM2, object]:
     return model, embed
 
 
+def make_validation(args, classes: list[str], tasks: list[str], height: int, width: int, load: dict) -> dict:
+    """{task: loader of its first pictures, shown whole}; with panoptic also for what is read off it."""
+    val_specs = args.val_data or (["shapes"] if args.data == ["shapes"] else [])
+    val_sources = open_sources("--val-data", val_specs, min(height, width), 10**6 + args.seed)
+    for source in val_sources:
+        strange = [name for name in source.classes if name not in classes]
+        if strange:
+            raise UserError(f"--val-data: class '{strange[0]}' of {source.name} is in none of --data; give others")
+    kinds = Prompts(number=args.prompts, kinds={"point": 0.5, "box": 0.5})
+    read_off = PART_OF_PANOPTIC if "panoptic" in tasks else ()
+    val_tasks = [t for t in IMAGE_TASKS if (t in tasks or t in read_off) and any(t in s.tasks for s in val_sources)]
+    val_sets = make_sets(val_sources, classes, val_tasks, lambda t: View(height, width), kinds, 0) if val_tasks else {}
+    loaders = {}
+    for name, items in val_sets.items():  # the first source of a task
+        part = Subset(items, range(min(len(items), args.val_items)))
+        loaders.setdefault(name.split("|")[0], DataLoader(part, batch_size=args.batch_size, **load))
+    return loaders
+
+
+def make_groups(model: FastSAM2, args) -> list[dict]:
+    """AdamW's groups; a group's factor multiplies the rate. Norms and biases do not decay."""
+    groups: dict[tuple, dict] = {}  # (backbone?, decayed?) -> group; norms and biases do not decay
+    for name, p in model.named_parameters():
+        key = (name.startswith("backbone."), p.ndim > 1)
+        group = {"params": [], "factor": args.backbone_lr if key[0] else 1.0}
+        groups.setdefault(key, group | {"weight_decay": args.weight_decay if key[1] else 0.0})["params"].append(p)
+    return list(groups.values())
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     shares = check_flags(args)
-    if args.resume == "auto":
-        args.resume = str(Path(args.out) / "last") if (Path(args.out) / "last").exists() else None
+    anew = run.find_resume(args)
     r = run.start(args, argv)
     height, width = run.numbers("--size", args.size, "x", 2)
 
@@ -331,58 +359,33 @@ def main(argv: list[str] | None = None) -> None:
     prompts = Prompts(number=args.prompts, kinds=PROMPTS, jitter=0.1, coarse=4)
     sets = make_sets(sources, classes, tasks, lambda t: training_view(t, height, width), prompts, args.seed)
     mixture = TaskMixture(sets)
-    val_specs = args.val_data or (["shapes"] if args.data == ["shapes"] else [])
-    val_sources = open_sources("--val-data", val_specs, min(height, width), 10**6 + args.seed)
-    for source in val_sources:
-        strange = [name for name in source.classes if name not in classes]
-        if strange:
-            raise UserError(f"--val-data: class '{strange[0]}' of {source.name} is in none of --data; give others")
-    kinds = Prompts(number=args.prompts, kinds={"point": 0.5, "box": 0.5})
-    read_off = PART_OF_PANOPTIC if "panoptic" in tasks else ()
-    val_tasks = [t for t in IMAGE_TASKS if (t in tasks or t in read_off) and any(t in s.tasks for s in val_sources)]
-    val_sets = make_sets(val_sources, classes, val_tasks, lambda t: View(height, width), kinds, 0) if val_tasks else {}
-    collate = SegmentCollate()
-    load = {"collate_fn": collate, "num_workers": args.workers, "worker_init_fn": run.ignore_sigterm}
-    loaders = {}
-    for name, items in val_sets.items():  # the first source of a task
-        part = Subset(items, range(min(len(items), args.val_items)))
-        loaders.setdefault(name.split("|")[0], DataLoader(part, batch_size=args.batch_size, **load))
+    load = {"collate_fn": SegmentCollate(), "num_workers": args.workers, "worker_init_fn": run.ignore_sigterm}
+    loaders = make_validation(args, classes, tasks, height, width, load)
 
     # ---- model, optimizer
     model.to(r.device)
     if args.init:
         run.read_config(args.init)
-        load_strict(model, read_tensors(Path(args.init) / "model.safetensors"), args.init)
+        weights = read_tensors(Path(args.init) / "model.safetensors")
+        weights["head.classifier"] = model.head.classifier  # the classes are those of --data
+        load_strict(model, weights, args.init)
     if r.world > 1 and r.device.type == "cuda" and not model.cfg.frozen_norm:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    groups: dict[tuple, dict] = {}  # (backbone?, decayed?) -> group; norms and biases do not decay
-    for name, p in model.named_parameters():
-        key = (name.startswith("backbone."), p.ndim > 1)
-        group = {"params": [], "factor": args.backbone_lr if key[0] else 1.0}
-        groups.setdefault(key, group | {"weight_decay": args.weight_decay if key[1] else 0.0})["params"].append(p)
-    opt = torch.optim.AdamW(list(groups.values()), lr=args.lr)
+    opt = torch.optim.AdamW(make_groups(model, args), lr=args.lr)
     scaler = torch.amp.GradScaler(r.device.type, enabled=r.dtype == torch.float16)
     averaged = copy.deepcopy(model).requires_grad_(False) if args.ema else model
     step, best = 0, -1.0
     if args.resume:
         saved_model, state = FastSAM2.from_checkpoint(args.resume), run.load_state(args.resume)
-        changed = [k for k, v in vars(args).items() if k not in FREE and state["args"].get(k, v) != v]
-        if changed:
-            was = ", ".join(f"--{k.replace('_', '-')} {state['args'][k]}" for k in changed)
-            raise UserError(f"--resume {args.resume}: that run had {was}; repeat them, or start anew with --init")
+        run.check_continuation(r, args, state, FREE)
         if saved_model.cfg != model.cfg:
             raise UserError(f"--resume {args.resume}: the data give another configuration than its config.json holds")
-        if state["world"] != r.world:
-            raise UserError(
-                f"--resume {args.resume}: made by {state['world']} processes, these are {r.world}; the global batch "
-                "would change; start as many, or start anew with --init"
-            )
         averaged.load_state_dict(saved_model.state_dict())
         model.load_state_dict(state["trained"] if args.ema else saved_model.state_dict())
         opt.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         step, best = state["step"], state["best"]
-    out = run.open_folder(r, args)
+    out = run.open_folder(r, args, anew)
     if r.main:
         run.rewind_metrics(out, step)
     net = model

@@ -224,6 +224,49 @@ def validate(model, loader, args, r, vocab) -> tuple[dict, dict]:
     return values | {"distinct": len(set(captions.values())), "n": len(captions)}, captions
 
 
+def make_model(args, train: CaptionSet) -> tuple[FSGR, CaptionVocab]:
+    """The checkpoint's model and words, or new ones of the flags' sizes."""
+    if args.resume or args.init:
+        model = FSGR.from_checkpoint(args.resume or args.init)
+        vocab = CaptionVocab(model.cfg.vocab)
+    else:
+        vocab = CaptionVocab.load(args.vocab) if args.vocab else CaptionVocab.build(train.captions(), args.min_freq)
+        model = new_captioner(
+            args.preset, vocab.itos, read_names(args.codebook) if args.codebook else list(COCO_80), args.arch,
+            args.clip, args.clip_tokenizer, {"kind": args.adapter, "prompts": args.prompts, "dense": args.dense},
+            args.word_init, args.codebook_table, image_size=args.image_size, dropout=args.dropout, semantic=not args.no_semantic,
+            count_norm=args.count_norm, tie_weights=args.tie_weights, prototypes=args.prototypes, bank=args.bank,
+        )  # fmt: skip
+    return model, vocab
+
+
+def make_items(args, train: CaptionSet, reader: ImageReader, patches: PatchLabels | None, vocab: CaptionVocab):
+    """Stage xe: captions, or pictures with --captions-per-image of them; stage rl: pictures with all references."""
+    if args.stage == "rl":
+        return ImageItems(train, reader, args.seed)
+    if args.captions_per_image:
+        return ImageItems(train, reader, args.seed, patches, args.captions_per_image, vocab)
+    return CaptionItems(train, vocab, reader, seed=args.seed, patches=patches)
+
+
+def make_groups(model: FSGR, args) -> tuple[dict[str, torch.nn.Parameter], list[dict]]:
+    """What is trained by name, and AdamW's groups of it: a group's factor multiplies the rate. Tables, norms, biases
+    and prompts do not decay."""
+    if args.train_backbone:
+        model.backbone.requires_grad_(True)
+        if model.cfg.arch == "m2":  # these lead to the image's embedding only, which M2 does not look at
+            model.backbone.proj.requires_grad_(False)
+            model.backbone.ln_post.requires_grad_(False)
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups: dict[tuple, dict] = {}  # (backbone?, decayed?) -> group
+    for name, p in params.items():
+        slow, matrix = name.startswith("backbone."), name.endswith("weight") and p.ndim > 1 and "_emb." not in name
+        group = {"params": [], "factor": args.backbone_lr if slow else 1.0}
+        group["weight_decay"] = args.weight_decay if matrix else 0.0
+        groups.setdefault((slow, matrix), group)["params"].append(p)
+    return params, list(groups.values())
+
+
 def check_vocab(args, vocab: CaptionVocab, train: CaptionSet) -> None:
     """UserError for a vocabulary that the captions do not use, or that has fewer words than beams."""
     unknown, total = vocab.count_unknown(train.captions())
@@ -242,7 +285,9 @@ def make_dense_labels(args, model: FSGR, train: CaptionSet, reader: ImageReader,
     if args.dense_labels == "maskclip":
         if not args.clip:
             raise UserError("--dense-labels maskclip needs --clip: a random tower takes patches for anything")
-        weights = load_clip(args.clip)
+        weights, clip = load_clip(args.clip), model.cfg.clip
+        if (weights.cfg.embed_dim, weights.cfg.patch) != (clip["embed_dim"], clip["patch"]):
+            raise UserError(f"--clip {args.clip}: of another size than the model's own; give the CLIP it was made from")
         teacher = AdaptedCLIP(weights.cfg, AdapterConfig(kind="none", dense="maskclip"))
         teacher.load_vision(weights.visual.state_dict(), args.clip)
         return None, teacher.to(r.device).eval().requires_grad_(False)
@@ -299,8 +344,7 @@ def draw_progress(out: Path, captions: dict, val_set: ImageItems, show: int = 12
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_flags(args, vars(parse_args(["--data", "."])))
-    if args.resume == "auto":
-        args.resume = str(Path(args.out) / "last") if (Path(args.out) / "last").exists() else None
+    anew = run.find_resume(args)
     r = run.start(args, argv)
 
     # ---- data, model
@@ -310,17 +354,7 @@ def main(argv: list[str] | None = None) -> None:
         val = train
     for part in (train, val):
         run.say(r, f"# {part.summary()}")
-    if args.resume or args.init:
-        model = FSGR.from_checkpoint(args.resume or args.init)
-        vocab = CaptionVocab(model.cfg.vocab)
-    else:
-        vocab = CaptionVocab.load(args.vocab) if args.vocab else CaptionVocab.build(train.captions(), args.min_freq)
-        model = new_captioner(
-            args.preset, vocab.itos, read_names(args.codebook) if args.codebook else list(COCO_80), args.arch,
-            args.clip, args.clip_tokenizer, {"kind": args.adapter, "prompts": args.prompts, "dense": args.dense},
-            args.word_init, args.codebook_table, image_size=args.image_size, dropout=args.dropout, semantic=not args.no_semantic,
-            count_norm=args.count_norm, tie_weights=args.tie_weights, prototypes=args.prototypes, bank=args.bank,
-        )  # fmt: skip
+    model, vocab = make_model(args, train)
     model.to(r.device)
     cfg = model.cfg
     check_vocab(args, vocab, train)
@@ -328,41 +362,17 @@ def main(argv: list[str] | None = None) -> None:
     patches, teacher = None, None
     if args.dense_loss != "none":
         patches, teacher = make_dense_labels(args, model, train, reader, r)
-    if args.stage == "rl":
-        train_set = ImageItems(train, reader, args.seed)
-    elif args.captions_per_image:
-        train_set = ImageItems(train, reader, args.seed, patches, args.captions_per_image, vocab)
-    else:
-        train_set = CaptionItems(train, vocab, reader, seed=args.seed, patches=patches)
+    train_set = make_items(args, train, reader, patches, vocab)
     val_set, collate = ImageItems(val, reader), CaptionCollate(len(vocab))
 
     # ---- optimizer
-    if args.train_backbone:
-        model.backbone.requires_grad_(True)
-        if model.cfg.arch == "m2":  # these lead to the image's embedding only, which M2 does not look at
-            model.backbone.proj.requires_grad_(False)
-            model.backbone.ln_post.requires_grad_(False)
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups: dict[tuple, dict] = {}  # (backbone?, decayed?) -> group; tables, norms, biases and prompts do not decay
-    for name, p in params.items():
-        slow, matrix = name.startswith("backbone."), name.endswith("weight") and p.ndim > 1 and "_emb." not in name
-        group = {"params": [], "factor": args.backbone_lr if slow else 1.0}
-        group["weight_decay"] = args.weight_decay if matrix else 0.0
-        groups.setdefault((slow, matrix), group)["params"].append(p)
-    opt = torch.optim.AdamW(list(groups.values()), lr=1.0, betas=(0.9, 0.98))
+    params, groups = make_groups(model, args)
+    opt = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98))
     scaler = torch.amp.GradScaler(r.device.type, enabled=r.dtype == torch.float16)
     stopper, step = EarlyStopping(args.patience, -(-args.least_epochs // args.val_epochs)), 0
     if args.resume:
         state = run.load_state(args.resume)
-        changed = [k for k, v in vars(args).items() if k not in FREE and state["args"].get(k, v) != v]
-        if changed:
-            was = ", ".join(f"--{k.replace('_', '-')} {state['args'][k]}" for k in changed)
-            raise UserError(f"--resume {args.resume}: that run had {was}; repeat them, or start anew with --init")
-        if state["world"] != r.world:
-            raise UserError(
-                f"--resume {args.resume}: made by {state['world']} processes, these are {r.world}; the global batch "
-                "would change; start as many, or start anew with --init"
-            )
+        run.check_continuation(r, args, state, FREE - {"clip"} if teacher else FREE)
         opt.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         stopper.load_state_dict(state["stopper"])
@@ -379,7 +389,7 @@ def main(argv: list[str] | None = None) -> None:
     stop = steps if args.stop_at is None else min(args.stop_at, steps)
     if step < stop:
         check_rate(rate(step), step)
-    out = run.open_folder(r, args)
+    out = run.open_folder(r, args, anew)
     if r.main:
         run.rewind_metrics(out, step)
     reward = make_reward(train, out, args, r) if args.stage == "rl" else None

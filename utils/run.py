@@ -243,12 +243,38 @@ class StepBatches:
 # ---- run folder and checkpoints
 
 
-def open_folder(r: SimpleNamespace, args) -> Path:
+def find_resume(args) -> bool:
+    """Turn `--resume auto` into OUT/last, or None if there is none. True when OUT is what a run left that was killed
+    before its first checkpoint, so that `open_folder` may begin it anew."""
+    if args.resume != "auto":
+        return False
+    last = Path(args.out) / "last"
+    args.resume = str(last) if last.exists() else None
+    return args.resume is None and not list(Path(args.out).glob("step_*"))
+
+
+def check_continuation(r: SimpleNamespace, args, state: dict, free: set[str]) -> None:
+    """UserError unless the run of `state` (state.pt of --resume) had the same flags, but for those in `free`, and as
+    many processes."""
+    changed = [k for k, v in vars(args).items() if k not in free and state["args"].get(k, v) != v]
+    if changed:
+        was = ", ".join(f"--{k.replace('_', '-')} {state['args'][k]}" for k in changed)
+        raise UserError(f"--resume {args.resume}: that run had {was}; repeat them, or start anew with --init")
+    if state["world"] != r.world:
+        raise UserError(
+            f"--resume {args.resume}: made by {state['world']} processes, these are {r.world}; the global batch "
+            "would change; start as many, or start anew with --init"
+        )
+
+
+def open_folder(r: SimpleNamespace, args, anew: bool = False) -> Path:
     """Make --out and write what repeats the run: run.json, and code.diff when the checkout is dirty.
 
-    UserError when --out holds another run and this is not its continuation (--resume).
+    anew: what `find_resume` said. UserError when --out holds another run and this is not its continuation (--resume).
     """
     out = Path(args.out)
+    if anew:  # on every rank, before each looks whether the folder is free; rank 0 writes only after DDP has met
+        (out / "metrics.jsonl").unlink(missing_ok=True)
     resume = getattr(args, "resume", None)
     continued = resume is not None and Path(resume).resolve().parent == out.resolve()
     if not continued and (out / "metrics.jsonl").exists():
