@@ -6,16 +6,26 @@ python data/check_dataset.py rally --level hard --show sheet.png                
 python data/check_dataset.py captions datasets/coco --ids m2_annotations/ --show sheet.png --batch-size 16
 python data/check_dataset.py panoptic datasets/coco --split val --show sheet.png        # also instances
 python data/check_dataset.py refcoco datasets/refcoco/refs_unc.json --images datasets/coco/train2014
+python data/check_dataset.py vessels datasets/CHASE_DB1 --image-size 160 --batch-size 8 --show sheet.png
+python data/check_dataset.py manifest my_pictures/manifest.jsonl --show sheet.png
 python data/check_dataset.py moving_shapes --image-size 96 --clip-len 12 --show sheet.png
+python data/check_dataset.py davis datasets/DAVIS --split val --clip-len 4 --stride 1,5 --show sheet.png
+python data/check_dataset.py ytvis datasets/ytvis_2019/train.json --clip-len 4 --show sheet.png
 
 FORMAT peaks: E2E-Spot json, one file or a folder of them. FORMAT rally: rendered when asked for, so it has no ROOT.
 FORMAT captions: a COCO folder (2014 or 2017), or a folder with a csv of columns image,caption, as of Flickr8k.
 FORMAT panoptic, instances: COCO's json file, or the folder with annotations/; pictures are looked for beside them.
 FORMAT cityscapes: the folder of leftImg8bit/ and gtFine/. FORMAT sa1b: a folder of sa_*.json. FORMAT refcoco: the refs
 as json (data/refcoco.py says how to make them), instances.json beside. FORMAT moving_shapes: rendered, no ROOT.
+FORMAT davis: DAVIS, or folders of frames and masks (data/davis.py). FORMAT ytvis: YouTube-VIS json. FORMAT vipseg: the
+folder of images/ and panomasks/. FORMAT pseudo_video: COCO's panoptic or instances json, each picture as a clip.
+FORMAT vessels: the folder of CHASE_DB1, DRIVE, STARE, HRF, FIVES or ARCADE (data/vessels.py shows their layouts).
+FORMAT manifest: anybody's pictures with named masks, one per line of manifest.jsonl (data/referring_manifest.py).
 The picture holds the first batch of training with the same flags: a row per clip, the frames around its peak; captions:
 images as the network sees them, with the labels of their patches, and the captions after encoding; segmentation: a row
-per picture, a column per task, targets tinted, ignored pixels grey, clicks and boxes drawn.
+per picture, a column per task, targets tinted, ignored pixels grey, clicks and boxes drawn; videos: clips, then the
+videos with the frames on which objects are first marked; vessels, manifest: patches
+of --image-size px, as they are and with their objects tinted, what lies outside the field of view grey.
 Flags that both scripts have mean the same and have the same defaults.
 """
 
@@ -29,6 +39,9 @@ from data.caption_files import SPLITS
 from data.coco_captions import ImageReader
 from data.peak_checks import draw_batch, first_batch, peaks_data, rally_data
 from data.segment_checks import FORMATS, check_segmentation
+from data.vessel_checks import VESSEL_FORMATS, check_vessels
+from data.vessels import FORMATS as LAYOUTS
+from data.video_checks import VIDEO_FORMATS, check_videos
 from utils import overlay, run
 from utils.run import UserError
 
@@ -37,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    formats = ["peaks", "rally", "captions", *FORMATS]
+    formats = ["peaks", "rally", "captions", *VESSEL_FORMATS, *FORMATS, *VIDEO_FORMATS]
     p.add_argument("format", metavar="FORMAT", choices=formats, help=", ".join(formats[:-1]) + f" or {formats[-1]}")
     p.add_argument("root", metavar="ROOT", nargs="?",
                    help="peaks: label file (E2E-Spot json) or folder of label files; captions: folder; "
@@ -46,12 +59,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--show", default=None, metavar="PNG", help="write a picture of the first training batch here")
     p.add_argument("--columns", type=int, default=9, help="frames per clip in the picture")
     p.add_argument("--limit", type=int, default=32,
-                   help="rally: clips rendered and counted; captions, segmentation: images decoded per split "
-                        "(0: all)")  # fmt: skip
+                   help="rally: clips rendered and counted; captions, segmentation, vessels: images decoded per "
+                        "split (0: all)")  # fmt: skip
     p.add_argument(
         "--no-duplicates", action="store_true", help="do not decode whole videos to look for repeated frames"
     )
     p.add_argument("--images", default=None, help="segmentation: folder of the pictures (default: looked for)")
+    g = p.add_argument_group("davis, ytvis, vipseg")
+    g.add_argument("--stride", default="1,3", metavar="LOW,HIGH", help="frames from one of a clip to the next")
+    g.add_argument("--year", type=int, default=2017, choices=[2016, 2017], help="davis: 2016 joins all objects to one")
+    g = p.add_argument_group("vessels, manifest")
+    g.add_argument("--layout", default="auto", choices=["auto", *LAYOUTS], help="whose layout ROOT has")
+    g.add_argument("--split-at", type=int, default=None, metavar="N",
+                   help="last child (chase), picture (stare) or number within its group (hrf) that is for training")  # fmt: skip
+    g.add_argument("--polygons", action="store_true", help="manifest: accept polygons, and measure what they hide")
     g = p.add_argument_group("captions; the first four as in train/train_fsgr.py")
     g.add_argument("--ids", default=None, help="folder of coco_{train,restval,dev,test}_ids.npy: annotation ids")
     g.add_argument("--karpathy", default=None, metavar="JSON", help="dataset_coco.json of the Karpathy splits")
@@ -91,7 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     for flag in ("columns", "limit", "batch_size", "clips", "clip_len"):
-        least = 0 if flag == "limit" and args.format in ("captions", *FORMATS) else 1
+        least = 0 if flag == "limit" and args.format in ("captions", *VESSEL_FORMATS, *FORMATS, *VIDEO_FORMATS) else 1
         if getattr(args, flag) < least:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least {least}")
     run.check_ranges(args, min_freq=(1, 10**9), image_size=(16, 8192))
@@ -107,8 +128,12 @@ def main(argv: list[str] | None = None) -> None:
         reader, show = ImageReader(args.image_size, args.resize), args.batch_size if args.show else 0
         picture = check_captions(args.root, args.split, args.ids, args.karpathy, args.vocab, args.min_freq,
                                  args.limit, reader, show, args.seed)  # fmt: skip
+    elif args.format in VESSEL_FORMATS:
+        picture = check_vessels(args)
     elif args.format in FORMATS:
         picture = check_segmentation(args)
+    elif args.format in VIDEO_FORMATS:
+        picture = check_videos(args)
     elif args.format == "rally":
         data, classes = rally_data(args, size)
     else:

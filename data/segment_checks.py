@@ -169,14 +169,15 @@ def draw_pictures(source, args) -> np.ndarray:
     return overlay.grid(cells, len(batches) if len(batches) > 1 else 4, names)
 
 
-def draw_clips(source: MovingShapes, args) -> np.ndarray:
-    """A row per task of clips, frames evenly spread over the first clip of its batch."""
+def draw_clips(source, args, n: int = 1) -> np.ndarray:
+    """n rows per task of clips: frames evenly spread over the clips of its first batch."""
     columns, cells, names = min(args.columns, args.clip_len), [], []
     for task in source.tasks:
-        batch = batch_of(source, task, args, 1)
-        for t in spread(args.clip_len, columns):
-            cells.append(draw_item(batch, 0, source.classes, t))
-            names.append(f"frame {t}" + (f" ({label(batch, 0, source.classes)})" if t == 0 else ""))
+        batch = batch_of(source, task, args, n)
+        for b in range(n):
+            for t in spread(args.clip_len, columns):
+                cells.append(draw_item(batch, b, source.classes, t))
+                names.append(f"frame {t}" + (f" ({label(batch, b, source.classes)})" if t == 0 else ""))
     return overlay.grid(cells, columns, names)
 
 
