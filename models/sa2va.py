@@ -94,6 +94,8 @@ class Sa2VA(nn.Module):
                              f"{vocabulary} tokens")  # fmt: skip
         self.mllm = model_class._from_config(config, dtype=dtype)
         self.sam = Sam2VideoModel._from_config(sam, dtype=torch.float32)
+        gaussian = self.sam.prompt_encoder.shared_embedding.positional_embedding  # kept twice, one in released files
+        gaussian.copy_(self.sam.shared_image_embedding.positional_embedding)
         C = sam.prompt_encoder_config.hidden_size
         self.text_hidden_fcs = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, C), nn.Dropout(0.0))
         self.tracking_decoder = self.new_decoder() if cfg.tracking_decoder else None

@@ -396,7 +396,8 @@ def read_config(folder: Path | str) -> dict:
     """config.json of a checkpoint folder. UserError names what is missing and the checkpoints that do exist nearby."""
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
+        sharded = name == "model.safetensors" and (folder / f"{name}.index.json").is_file()
+        if not sharded and not (folder / name).is_file():
             near = sorted({str(p.parent) for base in (folder, folder.parent) for p in base.glob("*/config.json")})
             hint = f"checkpoints nearby: {', '.join(near[:4])}" if near else "expected a folder that train/ wrote"
             raise UserError(f"{folder}: not a checkpoint folder ({name} is missing); {hint}")
