@@ -85,12 +85,14 @@ class View:
             raise ValueError(f"{self}: expected sides of at least 1 px, 0 < low <= high, flip in 0..1")
 
 
-def training_view(task: str, height: int, width: int, flip: float = 0.5) -> View:
-    """How training shows pictures: resized by 0.8 to 2, prompted ones by 0.1 to 2 (RAP-SAM), cut to height x width;
-    pictures that sentences are about whole and never mirrored."""
+def training_view(
+    task: str, height: int, width: int, flip: float = 0.5, scale: tuple[float, float] | None = None
+) -> View:
+    """How training shows pictures: resized by a factor in `scale`, None: 0.8 to 2, prompted ones 0.1 to 2 (RAP-SAM),
+    cut to height x width; pictures that sentences are about whole and never mirrored."""
     if task == "referring":
         return View(height, width)
-    return View(height, width, (0.1 if task in PROMPTED else 0.8, 2.0), flip)
+    return View(height, width, tuple(scale or (0.1 if task in PROMPTED else 0.8, 2.0)), flip)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
     python eval/infer_segment.py photo.jpg street/ --ckpt runs/seg/best --out runs/seg/street --task panoptic
     python eval/infer_segment.py photo.jpg --ckpt runs/seg/best --out clicks --task interactive \\
         --point 310,220 --point 300,90,0 --box 20,30,180,260 --text "the red car" --object --point 50,60
+    python eval/infer_segment.py street/ --ckpt runs/seg/best --out runs/seg/fast --task panoptic --keep-queries 50
     python eval/infer_segment.py datasets/coco/train2014 --ckpt runs/seg/best --out ref --task referring \\
         --refs refs_unc.json --split val --clip weights/clip-vit-large-patch14
 
@@ -33,6 +34,7 @@ from data.coco_captions import open_image
 from data.segment_batch import View, draw_window, show_image, show_map
 from models import segment_inference as net
 from models.fastsam2 import FastSAM2
+from models.fastsam2_options import reconfigured
 from utils import overlay, run
 from utils import segment_inputs as user
 from utils import segment_writing as files
@@ -42,6 +44,12 @@ from utils.weights import write_sidecar
 
 PROMPTED = ("interactive", "referring")
 TASKS = ("panoptic", "instance", "semantic", *PROMPTED)
+OPTIONS = {  # of the network, by default as it was trained
+    "keep_queries": "queries that go on after --prune-after (0: all)",
+    "prune_after": "stage after which queries are left out, 1..3",
+    "key_rank": "width of the keys that prompts look at (0: full)",
+    "key_stride": "px from key to key",
+}
 
 
 class Prompt(argparse.Action):
@@ -70,16 +78,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     prompt("--object", nargs=0, help="the next prompt is about another object")
     p.add_argument("--refs", default=None, metavar="JSON", help="sentences, each with the picture that it is about")
     p.add_argument("--split", default=None, help="only the refs of this split (default: all)")
-    p.add_argument(
-        "--clip", default=None, metavar="DIR", help="snapshot of the CLIP that the checkpoint learned texts of"
-    )
-    p.add_argument(
-        "--image-size", default=None, metavar="HxW", help="px that pictures are fitted into (default: trained)"
-    )
+    p.add_argument("--clip", default=None, metavar="DIR", help="snapshot of the CLIP it learned texts of")
+    p.add_argument("--image-size", default=None, metavar="HxW", help="px to fit pictures into (default: trained)")
     p.add_argument("--segment-score", type=float, default=0.8, help="panoptic: class probability of a segment")
     p.add_argument("--segment-share", type=float, default=0.8, help="panoptic: least share that stays of a mask")
     p.add_argument("--top", type=int, default=100, help="instance: pairs of query and class that are looked at")
     p.add_argument("--draw-score", type=float, default=0.3, help="instance: lowest score that is drawn")
+    for name, text in OPTIONS.items():
+        p.add_argument(f"--{name.replace('_', '-')}", type=int, default=None, help=text)
     p.add_argument("--log", default=None, metavar="WHY", help="reason for this run; appends the result row to LOG.md")
     return p.parse_args(argv)
 
@@ -143,7 +149,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     images, objects = check_inputs(args)
     model, r = FastSAM2.from_checkpoint(args.ckpt).eval(), run.start(args, argv)
-    model, cfg = model.to(r.device), model.cfg
+    changes = {name: vars(args)[name] for name in OPTIONS if vars(args)[name] is not None}
+    model = (reconfigured(model, **changes) if changes else model).to(r.device)
+    cfg = model.cfg
     size = run.numbers("--image-size", args.image_size, "x", 2)
     categories, size = user.data_of(run.read_config(args.ckpt), args.ckpt, len(cfg.classes), size)
     every = [x for of_one in objects.values() for x in of_one]
@@ -175,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
         if x.png is not None:
             entries = files.with_categories(entries, cfg.classes, categories, cfg.is_thing)
         run.write_text_atomic(staging / f"{args.task}.json", json.dumps(entries) + "\n")
-        about = {**asdict(cfg), **vars(args), "category_ids": categories, "image_size": size}
+        about = {**vars(args), **asdict(cfg), "category_ids": categories, "image_size": size}
         write_sidecar(staging / f"{args.task}.json", args.ckpt, about, [*images.values(), *given])
         for file in sorted(staging.iterdir()):
             file.replace(out / file.name)

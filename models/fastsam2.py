@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from models.fastsam2_options import best_queries, check_options, coarse_pixels, take
 from models.lite_dfpn import LiteDFPN
 from models.prompt_fusion import OBJECT_TASKS, Attention, PromptBatch, PromptFusion, check_task
 from models.semantic_head import TEMPLATES
@@ -54,12 +55,21 @@ class FastSAM2Config:
     is_thing: list[bool] = field(default_factory=list)  # per class; filled with True
     text: str = "random"  # where class and text embeddings come from: random | hash (hash_texts) | clip
     frozen_norm: bool = True  # the backbone's BatchNorm keeps ImageNet's statistics; False: trained from random weights
+    keep_queries: int = 0  # object queries that go on after stage prune_after, those most surely an object; 0: all
+    prune_after: int = 1
+    key_rank: int = 0  # width of keys and values when prompts look at the pixels, a multiple of heads; 0: dim
+    key_stride: int = 4  # px; those keys are features averaged to stride 4 (as they are), 8 or 16
+    fusion: str = "attention"  # what reads an object's prompt tokens: attention | mean
+    look: str = "all"  # what else brings features along: all (clicks, boxes, masks, texts) | masks
+    logit_scale: float = LOGIT_SCALE  # of the cosines of the last output's classes
+    temperature: float = TEMPERATURE  # of the stages' classes, whose scale is logit_scale / temperature
 
     def __post_init__(self):
         self.is_thing = self.is_thing or [True] * len(self.classes)
         if len(self.is_thing) != len(self.classes) or self.text not in TEXTS:
             raise ValueError(f"FastSAM2Config: {len(self.is_thing)} is_thing for {len(self.classes)} classes, text "
                              f"{self.text!r}; expected one each, and one of {TEXTS}")  # fmt: skip
+        check_options(self)
 
 
 class Backbone(nn.Module):
@@ -103,9 +113,9 @@ class KernelUpdate(nn.Module):
 class PixelAttention(nn.Module):
     """k + attention of the queries over all pixels; one level deeper in names, as released."""
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, rank: int):
         super().__init__()
-        self.attn = Attention(dim, heads)
+        self.attn = Attention(dim, heads, rank)
 
     def forward(self, k: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         return k + self.attn(k, pixels)
@@ -178,7 +188,7 @@ class DynamicDecoder(nn.Module):
         self.kernels = nn.Embedding(cfg.queries, D)
         self.mask_heads = nn.ModuleList(Stage(cfg) for _ in range(cfg.stages))
         self.panoptic_attn, self.panoptic_cls = KernelUpdate(D), nn.Sequential(nn.Linear(D, cfg.embed_dim))
-        self.prompt_attn, self.prompt_norm = PixelAttention(D, cfg.heads), nn.LayerNorm(D)
+        self.prompt_attn, self.prompt_norm = PixelAttention(D, cfg.heads, cfg.key_rank or D), nn.LayerNorm(D)
         self.prompt_iou = nn.Linear(D, 1)
         if cfg.compat:
             self.mask_tokens, self.pb_embedding = nn.Embedding(1, D), nn.Embedding(2, D)
@@ -199,7 +209,7 @@ class DynamicDecoder(nn.Module):
         with torch.autocast(embedding.device.type, enabled=False):  # logits reach 1000, where bfloat16 has steps of 4
             cosine = F.normalize(embedding.float(), dim=-1) @ self.classifier.float().flatten(0, 1).T  # (B, Q, K * V)
             best = cosine.unflatten(-1, self.classifier.shape[:2]).amax(-1)  # (B, Q, K)
-            return F.pad(best, (0, 1)) * (LOGIT_SCALE / temperature)
+            return F.pad(best, (0, 1)) * (self.cfg.logit_scale / temperature)
 
     def box_queries(self, boxes_xyxy_px: torch.Tensor, labels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Prompt queries as released (compat): boxes (B, P, 4) in pixels of an image of size (H, W); labels int64
@@ -216,6 +226,7 @@ class DynamicDecoder(nn.Module):
 
         -> classes: logits (B, Q, K + 1), masks: logits (B, Q, h, w) or (B, Q, T, h, w), iou: (B, Q, 1), each a list
         over the stages and then the adaptors; queries (B, Q, D). Prompts change neither the objects nor each other.
+        With cfg.keep_queries the outputs after stage cfg.prune_after have fewer objects, prompts are never left out.
         In training the adaptor that has nothing to do runs on no query, so each of its parameters has a gradient of 0.
         """
         if prompts is None and not objects:
@@ -230,15 +241,21 @@ class DynamicDecoder(nn.Module):
             k, visible = torch.cat([k, prompts.to(k.dtype)], 1), visibility(N, prompts.shape[1], k.device)
         masks = k @ pixels.transpose(1, 2)  # (B, Q, S)
         outputs = []
-        for stage in self.mask_heads:
+        for number, stage in enumerate(self.mask_heads, start=1):
             k, embedding, masks, iou = stage(k, masks, pixels, visible)
-            outputs.append((self.classify(embedding, TEMPERATURE), masks, iou))
-        k, last = self.adapt(k, outputs[-1], pixels, N)
+            classes = self.classify(embedding, self.cfg.temperature)
+            outputs.append((classes, masks, iou))
+            if number == self.cfg.prune_after and 0 < self.cfg.keep_queries < N:
+                best = best_queries(classes, N, self.cfg.keep_queries)
+                k, classes, masks, iou = (take(values, best) for values in (k, classes, masks, iou))
+                N = self.cfg.keep_queries
+                visible = None if prompts is None else visibility(N, prompts.shape[1], k.device)
+        k, last = self.adapt(k, (classes, masks, iou), pixels, (T, h, w), N)
         classes, masks, iou = (list(values) for values in zip(*outputs, last, strict=True))
         masks = [m.unflatten(2, (h, w) if image else (T, h, w)) for m in masks]
         return {"classes": classes, "masks": masks, "iou": iou, "queries": k}
 
-    def adapt(self, k, stage: tuple, pixels, N: int) -> tuple[torch.Tensor, tuple]:
+    def adapt(self, k, stage: tuple, pixels, grid: tuple[int, int, int], N: int) -> tuple[torch.Tensor, tuple]:
         """Queries (B, Q, D), N of them objects, and what the last stage made of them -> the same after the adaptors."""
         classes, masks, iou = (value.split([N, k.shape[1] - N], 1) for value in stage)
         objects, prompts = k.split([N, k.shape[1] - N], 1)
@@ -246,7 +263,7 @@ class DynamicDecoder(nn.Module):
             objects = self.panoptic_attn(pool(masks[0], pixels, not self.cfg.compat), objects)
             classes = (self.classify(self.panoptic_cls(objects)), classes[1])
         if prompts.shape[1] or self.training:
-            seen = pixels if prompts.shape[1] else pixels[:, :1]
+            seen = coarse_pixels(pixels, grid, self.cfg.key_stride // 4) if prompts.shape[1] else pixels[:, :1]
             prompts = self.prompt_norm(self.prompt_attn(prompts, seen))
             iou = (iou[0], self.prompt_iou(prompts))
         k = torch.cat([objects, prompts], 1)
@@ -285,7 +302,9 @@ class FastSAM2(nn.Module):
         self.backbone = Backbone(cfg.backbone)
         self.neck = LiteDFPN(BACKBONES[cfg.backbone], cfg.dim)
         self.head = DynamicDecoder(cfg)
-        self.prompt_fusion = None if cfg.compat else PromptFusion(cfg.dim, cfg.heads, cfg.embed_dim)
+        self.prompt_fusion = (
+            None if cfg.compat else PromptFusion(cfg.dim, cfg.heads, cfg.embed_dim, cfg.fusion, cfg.look)
+        )
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
 

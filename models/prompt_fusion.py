@@ -151,16 +151,18 @@ def under(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with the parameter names of nn.MultiheadAttention; no dropout."""
+    """Multi-head attention with the parameter names of nn.MultiheadAttention; no dropout. width: of all heads' queries,
+    keys and values together (None: dim)."""
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, width: int | None = None):
         super().__init__()
+        width = width or dim
         self.heads = heads
         self.in_proj_weight, self.in_proj_bias = (
-            nn.Parameter(torch.empty(3 * dim, dim)),
-            nn.Parameter(torch.zeros(3 * dim)),
+            nn.Parameter(torch.empty(3 * width, dim)),
+            nn.Parameter(torch.zeros(3 * width)),
         )
-        self.out_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(width, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
@@ -169,28 +171,45 @@ class Attention(nn.Module):
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         inputs = (x, memory, memory)
         q, k, v = (
-            F.linear(i, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q or S, D / heads)
+            F.linear(i, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q or S, width / heads)
             for i, w, b in zip(inputs, weights, biases, strict=True)
         )
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
+class TokenMean(nn.Module):
+    """The other reader of an object's tokens: an MLP of each, averaged. No query chooses, all tokens weigh the same."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+
+    def forward(self, query: torch.Tensor, tokens: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """As Attention: query (R, 1, D), here without effect, tokens (R, n, D), known bool (R, 1, 1, n), at least one
+        of each row -> (R, 1, D)."""
+        share = known[:, 0].to(query.dtype) / known[:, 0].sum(-1, keepdim=True)  # (R, 1, n)
+        return share @ self.layers(tokens)
+
+
 class PromptFusion(nn.Module):
     """Prompts -> queries (B, P, D) for the decoder. What points at one object becomes tokens, which a learned seed
-    reads by attention; to each is added which kind it is of:
+    reads by attention, or which are averaged (fusion "mean"); to each is added which kind it is of:
 
     a click; the 2 corners of a box; a mask's form and place, averaged over its cells, or "no mask", always one of the
-    two; the features under the mask (look); a linear map of a text's embedding at unit length.
+    two; a linear map of a text's embedding at unit length; and what is seen there: the features under the mask, and with
+    look "all" at a click on the object, in the box, and where the text's attention finds them.
     """
 
-    def __init__(self, dim: int, heads: int, embed_dim: int):
+    def __init__(self, dim: int, heads: int, embed_dim: int, fusion: str = "attention", look: str = "all"):
         super().__init__()
         self.sam = SAMPromptEncoder(dim)
         self.kinds = nn.Embedding(5, dim)
         self.look, self.text = nn.Linear(dim, dim), nn.Linear(embed_dim, dim)
+        self.find = Attention(dim, heads) if look == "all" else None
         self.seed = nn.Parameter(torch.randn(dim))
-        self.attn, self.attn_norm = Attention(dim, heads), nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads) if fusion == "attention" else TokenMean(dim)
+        self.attn_norm = nn.LayerNorm(dim)
         self.ffn = nn.Sequential(nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim))
         self.ffn_norm = nn.LayerNorm(dim)
 
@@ -212,8 +231,15 @@ class PromptFusion(nn.Module):
             (MASK, self.mask_tokens(masks), prompts.has_mask),
             (MASK, no_mask, prompts.has_mask.sum(2, keepdim=True) == 0),
             (LOOK, self.look_tokens(masks, features), prompts.has_mask),
-            (TEXT, self.text_tokens(prompts.texts), prompts.has_text),
         )
+        said = self.text_tokens(prompts.texts)  # (B, P, m, D)
+        groups += ((TEXT, said, prompts.has_text),)
+        if self.find is not None:
+            groups += (
+                (LOOK, self.look_at_points(prompts.points, features), prompts.point_labels == 1),
+                (LOOK, self.look_in_boxes(prompts.boxes, features), prompts.has_box),
+                (LOOK, self.look_for(said, features), prompts.has_text),
+            )
         tokens = torch.cat([t + self.kinds.weight[kind] for kind, t, _ in groups], 2).flatten(0, 1)  # (R, n, D)
         known = torch.cat([k for *_, k in groups], 2).flatten(0, 1)[:, None, None]  # (R, 1, 1, n)
         query = self.seed.expand(B * P, 1, -1)
@@ -248,6 +274,33 @@ class PromptFusion(nn.Module):
         share = F.avg_pool2d(masks.flatten(0, 2)[:, None], STRIDE)  # (R m, 1, h, w)
         tokens = self.look(under(share.reshape(B, P * m, *share.shape[2:]), features))
         return tokens.reshape(B, P, m, tokens.shape[-1])
+
+    def look_at_points(self, points: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """points (B, P, m, 2) px -> a linear map of features (B, D, h, w) there, bilinear: (B, P, m, D)."""
+        size = points.new_tensor([STRIDE * n for n in features.shape[:1:-1]])  # (W, H)
+        grid = 2 * (points + 0.5) / size - 1
+        with torch.autocast(features.device.type, enabled=False):
+            found = F.grid_sample(features.float(), grid.float(), padding_mode="border", align_corners=False)
+        return self.look(found.permute(0, 2, 3, 1))
+
+    def look_in_boxes(self, boxes: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """boxes (B, P, m, 4) px, first and last pixel -> a linear map of the mean of features (B, D, h, w) in each, cells
+        cut by the border counting in part: (B, P, m, D)."""
+        B, P, m = boxes.shape[:3]
+        h, w = features.shape[-2:]
+        x0, y0, x1, y1 = (boxes / STRIDE).unbind(-1)
+        one = 1 / STRIDE
+        across, down = torch.arange(w, device=boxes.device), torch.arange(h, device=boxes.device)
+        across = (torch.minimum(across + 1, x1[..., None] + one) - torch.maximum(across, x0[..., None])).clamp_min(0)
+        down = (torch.minimum(down + 1, y1[..., None] + one) - torch.maximum(down, y0[..., None])).clamp_min(0)
+        share = down[..., :, None] * across[..., None, :]  # (B, P, m, h, w)
+        tokens = self.look(under(share.reshape(B, P * m, h, w), features))
+        return tokens.reshape(B, P, m, tokens.shape[-1])
+
+    def look_for(self, tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Tokens of texts (B, P, m, D) -> what each finds in features (B, D, h, w) by attention: (B, P, m, D)."""
+        found = self.find(tokens.flatten(1, 2), features.flatten(2).transpose(1, 2).to(tokens.dtype))
+        return found.reshape(tokens.shape)
 
     def text_tokens(self, texts: torch.Tensor) -> torch.Tensor:
         """(B, P, m, E) -> (B, P, m, D)."""

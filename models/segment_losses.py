@@ -4,17 +4,31 @@ Shapes: B images or clips, T frames, N object queries, P prompts, K classes, M o
 the masks, H W image as padded in the batch (4h x 4w, or less: the rest is padding of the network). Targets are the
 fields of a batch: `masks`, B lists of bool (M, [T], H, W); `labels`, B of (M,) int64, -1 unknown; `ignore`
 (B, [T], H, W) bool, neither object nor background. Computed in float32 whatever autocast says; no target: no NaN.
-Sources: Cheng et al., Mask2Former, CVPR 2022; Xu et al., RAP-SAM, ICLR 2025 (weights, prompts).
+Sources: Cheng et al., Mask2Former, CVPR 2022; Xu et al., RAP-SAM, ICLR 2025 (weights, prompts); Tarvainen & Valpola,
+Mean teachers, NeurIPS 2017 (distillation from averaged weights).
 """
 
 import torch
 import torch.nn.functional as F
 
-from models.mask_losses import WEIGHTS, class_loss, iou_loss, mask_iou, mask_losses
+from models.mask_losses import (
+    WEIGHTS,
+    bce_loss,
+    class_loss,
+    dice_loss,
+    iou_loss,
+    mask_iou,
+    mask_losses,
+    mean_over,
+    sample_points,
+    uncertain_points,
+)
 from models.matching import match
 from models.prompt_fusion import OBJECT_TASKS, STRIDE
 
 POINTS = 12544  # 112 x 112, where masks are compared
+PAIRS = {"mask": bce_loss, "dice": dice_loss}
+TEMPERATURE = 2.0  # at which the classes of teacher and student are compared
 
 
 def count_masks(batch: dict) -> float:
@@ -95,6 +109,43 @@ def prompt_losses(
             total["dice"] = total["dice"] + weights["dice"] * dice
             total["iou"] = total["iou"] + weights["iou"] * iou_loss(quality[b, :Q, 0], reached).sum() / count
     return total
+
+
+def distill_losses(
+    out: dict,
+    teacher: dict,
+    batch: dict,
+    points: int = POINTS,
+    weights: dict[str, float] = WEIGHTS,
+    generator: torch.Generator | None = None,
+) -> dict[str, torch.Tensor]:
+    """Last output of FastSAM2 against that of a teacher on the same batch -> weighted mask and dice, of object tasks
+    also class, means over the pairs, scalars. No gradient reaches the teacher.
+
+    Object tasks: the teacher's queries whose likeliest class is an object, matched with the student's as targets are.
+    Prompt tasks: each prompt that has a target. Masks: the teacher's probabilities at sampled points. Class: T^2
+    KL(teacher | student).
+    """
+    teacher = {name: teacher[name][-1].detach().float() for name in ("classes", "masks")}
+    found, logits, rows = out["masks"][-1], out["classes"][-1], []
+    for b, masks in enumerate(batch["masks"]):
+        which = of = torch.arange(len(masks), device=found.device)
+        if batch["task"] in OBJECT_TASKS:
+            likeliest = teacher["classes"][b].argmax(-1)
+            sure = (likeliest < logits.shape[2] - 1).nonzero()[:, 0]
+            targets = teacher["masks"][b, sure].sigmoid()
+            which, of = match(logits[b], found[b], likeliest[sure], targets, points, generator=generator)
+            of = sure[of]
+        rows.append((found[b, which], teacher["masks"][b, of], logits[b, which], teacher["classes"][b, of]))
+    found, targets, logits, classes = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    xy_01 = uncertain_points(found, points, generator=generator)
+    ours, theirs = sample_points(found, xy_01), sample_points(targets, xy_01).sigmoid()
+    losses = {name: weights[name] * mean_over(loss(ours, theirs)) for name, loss in PAIRS.items()}
+    if batch["task"] in OBJECT_TASKS:
+        ours, theirs = ((x.float() / TEMPERATURE).log_softmax(-1) for x in (logits, classes))
+        apart = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+        losses["class"] = weights["class"] * TEMPERATURE**2 * mean_over(apart)
+    return losses
 
 
 def fitted(targets: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:

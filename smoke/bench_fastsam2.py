@@ -15,6 +15,8 @@ from the call to finished work. Each cell: p50 / p95 in ms; x: how many times Fa
                      image. Both get FastSAM2's logits and lowest thresholds, so that every query counts: dearest case
     network          image to logits in one call, FastSAM2's from bytes
     total            network and then post-processing; in brackets images per second at p50
+FastSAM2's options, each beside its row above: 50 of the queries kept after stage 1 (objects, post-processing, total);
+100 prompts with keys of rank 64, with keys 16 px apart, and fused by a mean.
 --compile: torch.compile of each part and of encode and decode, of FastSAM2's without a break in the graph.
 """
 
@@ -35,6 +37,7 @@ from transformers.models.mask2former.image_processing_mask2former import Mask2Fo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repo root, so our packages import from anywhere
 from models.fastsam2 import BACKBONES, STRIDE, FastSAM2, FastSAM2Config
+from models.fastsam2_options import reconfigured
 from models.panoptic_post import ImageSize, panoptic
 from models.prompt_fusion import PromptBatch
 from utils import run
@@ -46,6 +49,8 @@ LAYERS = {
     "resnet50": ("bottleneck", [3, 4, 6, 3]),
 }
 PARTS = ("backbone", "neck", "objects", f"{PROMPTS} prompts", "post-processing")
+KEPT = 50
+PROMPT_OPTIONS = {"rank 64": {"key_rank": 64}, "/16": {"key_stride": 16}, "mean": {"fusion": "mean"}}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -119,6 +124,17 @@ def fastsam2_calls(model: FastSAM2, image: torch.Tensor, prepare: Callable) -> t
     return Candidate(dict(zip(PARTS, parts, strict=True)), lambda: decode(encode(image))), out
 
 
+def option_calls(model: FastSAM2, image: torch.Tensor, prepare: Callable) -> dict[str, Callable]:
+    """Rows of the options, as `fastsam2_calls` makes them: one network each, with the weights of `model`."""
+    kept, _ = fastsam2_calls(reconfigured(model, keep_queries=KEPT), image, prepare)
+    rows = {f"{name}, {KEPT} kept": kept.parts[name] for name in ("objects", "post-processing")}
+    rows[f"total, {KEPT} kept"] = kept.total
+    for name, changes in PROMPT_OPTIONS.items():
+        other, _ = fastsam2_calls(reconfigured(model, **changes), image, prepare)
+        rows[f"{PROMPTS} prompts, {name}"] = other.parts[f"{PROMPTS} prompts"]
+    return rows
+
+
 def mask2former_calls(
     model: Mask2FormerForUniversalSegmentation, image: torch.Tensor, prepare: Callable, out: dict
 ) -> Candidate:
@@ -186,6 +202,7 @@ def measure(backbone: str, size: tuple[int, int], r, rounds: int, compiled: bool
         second = mask2former_calls(theirs, image, loose, out)
         rows = {name: [c.parts[name] for c in (first, second) if name in c.parts] for name in PARTS}
         rows |= {"network": [first.network, second.network], "total": [first.total, second.total]}
+        rows |= {name: [call] for name, call in option_calls(ours, image, whole).items()}
         times = {name: [[] for _ in calls] for name, calls in rows.items()}
         for i in range(WARM_UP + rounds):
             for name, calls in rows.items():
@@ -205,12 +222,12 @@ def median(times: torch.Tensor) -> float:
 
 def table(times: dict[str, list[torch.Tensor]]) -> str:
     """One line for each row."""
-    lines = [f"{'p50 / p95 in ms':16s} | {'FastSAM2':>15s} | {'Mask2Former':>15s} | x"]
+    lines = [f"{'p50 / p95 in ms':24s} | {'FastSAM2':>15s} | {'Mask2Former':>15s} | x"]
     for name, each in times.items():
         cells = [f"{median(t):6.1f} / {t.quantile(0.95).item():6.1f}" for t in each]
         ratio = f"{median(each[1]) / median(each[0]):.2f}" if len(each) == 2 else "-"
         speed = f"  ({', '.join(f'{1e3 / median(t):.3g}/s' for t in each)})" if name == "total" else ""
-        lines.append(" | ".join([f"{name:16s}", *(f"{c:>15s}" for c in [*cells, "-"][:2]), ratio]) + speed)
+        lines.append(" | ".join([f"{name:24s}", *(f"{c:>15s}" for c in [*cells, "-"][:2]), ratio]) + speed)
     return "\n".join(lines)
 
 

@@ -62,7 +62,31 @@ def test_every_parameter_has_a_gradient_whatever_is_absent(name):
     q.square().sum().backward()
     assert not [n for n, p in module.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert bool(module.text.weight.grad.any()) == (name in ("box and text", "all"))
-    assert bool(module.look.weight.grad.any()) == (name in ("some masks", "all"))
+    assert bool(module.look.weight.grad.any()) == (name != "nothing")
+    assert bool(module.find.out_proj.weight.grad.any()) == (name in ("box and text", "all"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("look", ["all", "masks"])
+def test_what_is_seen_at_a_prompt(look):
+    """A click on the object, a box and a sentence see the features there, with look "masks" nothing."""
+    module, f = PromptFusion(D, 4, E, look=look).eval(), torch.zeros(1, D, 8, 12)
+    here, there = f.clone(), f.clone()
+    here[..., 3, 5], there[..., 6, 9] = torch.randn(2, 1, D)
+    at = torch.tensor([[[22.0, 14.0]]])  # px, in cell (3, 5)
+    prompts = {
+        "click": {"points": at, "point_labels": torch.tensor([[1]])},
+        "click beside": {"points": at, "point_labels": torch.tensor([[0]])},
+        "box": box(16, 10, 27, 19),
+        "text": text(),
+    }
+    for name, one in prompts.items():
+        q, seen, elsewhere = (module(PromptBatch.pad([one]), x)[0, 0] for x in (f, here, there))
+        assert (not torch.equal(q, seen)) == (look == "all" and name != "click beside"), name
+        assert (not torch.equal(q, elsewhere)) == (look == "all" and name == "text"), name
+    full = torch.randn(1, D, 8, 12)
+    torch.testing.assert_close(module.look_in_boxes(box(4, 4, 11, 7)["boxes"][None, :, None], full)[0, 0, 0],
+                               module.look(full[0, :, 1, 1:3].mean(1)))  # fmt: skip
 
 
 @torch.no_grad()

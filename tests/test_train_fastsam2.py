@@ -169,3 +169,23 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys):
         said = capsys.readouterr().err.strip()
         assert said.startswith("error: ") and expected in said and "\n" not in said, (more, said)
         assert not out.exists() or not list(out.iterdir()), more
+
+
+def test_overfit_sees_the_same_pictures_again_and_again(tmp_path, monkeypatch):
+    """The first N, whole and unchanged, in training and in validation."""
+    module, seen = script("train/train_fastsam2.py"), set()
+    losses = module.batch_losses
+
+    def looked_at(net, batch, *rest):
+        seen.update(int(image.long().sum()) for image in batch["image"])
+        return losses(net, batch, *rest)
+
+    monkeypatch.setattr(module, "batch_losses", looked_at)
+    out = train(tmp_path / "run", tasks=["panoptic"], steps=4, overfit=2, logit_scale="16", temperature="1")
+    assert len(seen) == 2
+    cfg = FastSAM2.from_checkpoint(out / "last").cfg
+    assert (cfg.logit_scale, cfg.temperature) == (16, 1)
+    with pytest.raises(run.UserError, match="--val-data"):
+        train(tmp_path / "other", overfit=2, val_data=["shapes"])
+    with pytest.raises(run.UserError, match="LOW <= HIGH"):
+        train(tmp_path / "third", scale=[2, 1])

@@ -1,6 +1,6 @@
 """Train FastSAM2 on several image tasks at once: panoptic (and so instance and semantic), interactive, referring.
 
-python train/train_fastsam2.py --data shapes --backbone resnet18 --out runs/shapes              # rendered, CPU, 25 minutes
+python train/train_fastsam2.py --data shapes --backbone resnet18 --out runs/shapes              # rendered; README: settings
 python train/train_fastsam2.py --data panoptic=coco/annotations/panoptic_train2017.json --imagenet resnet50.pth \\
     --clip weights/clip-vit-large-patch14 --size 736x1280 --batch-size 2 --dtype bf16 --workers 8 --out runs/coco
 torchrun --nproc_per_node=8 train/train_fastsam2.py --dtype bf16 --batch-size 2 --workers 8 --imagenet resnet50.pth \\
@@ -10,7 +10,9 @@ torchrun --nproc_per_node=8 train/train_fastsam2.py --dtype bf16 --batch-size 2 
 
 A source brings its own tasks, --tasks chooses among them; every task has the same share unless --share says otherwise,
 and within a task sources count by size. A micro-batch has one task. Everything that is missing is listed before the
-first step. With --ema the averaged weights are what is validated, saved and predicted with.
+first step. With --ema the averaged weights are what is validated, saved and predicted with; with --distill they also teach:
+they see the same pictures in other light, and after the warm-up their soft masks and classes are learned besides the
+targets. --init carries weights over to another --key-rank (nearest product) and another --fusion (its reader anew).
 """
 
 import argparse
@@ -40,10 +42,11 @@ from data.sa1b import Sa1b
 from data.segment_batch import IMAGE_TASKS, Prompts, SegmentCollate, SegmentItems, View, training_view
 from data.task_mixture import MixtureBatches, TaskMixture
 from models.clip import load_clip, load_tokenizer
-from models.fastsam2 import BACKBONES, FastSAM2, FastSAM2Config, build_vocabulary, hash_texts
+from models.fastsam2 import BACKBONES, LOGIT_SCALE, TEMPERATURE, FastSAM2, FastSAM2Config, build_vocabulary, hash_texts
+from models.fastsam2_options import FUSIONS, KEY_STRIDES, LOOKS, carry_over
 from models.panoptic_post import INSTANCE, ImageSize, panoptic, to_original
 from models.prompt_fusion import PROMPT_TASKS, PromptBatch
-from models.segment_losses import count_masks, segment_losses
+from models.segment_losses import count_masks, distill_losses, segment_losses
 from models.segment_scores import NAMES, BatchScores
 from models.semantic_head import TEMPLATES, embed_texts
 from utils import overlay, run
@@ -55,6 +58,7 @@ from utils.weights import load_strict, read_tensors
 FORMATS = {"panoptic": CocoPanoptic, "instances": CocoInstances, "cityscapes": Cityscapes, "sa1b": Sa1b}
 FORMATS |= {"refcoco": functools.partial(RefCoco, split="train")}
 PART_OF_PANOPTIC = ("instance", "semantic")
+LIGHT = 0.2  # how much brighter or darker the averaged weights see a channel
 PROMPTS = {"point": 0.5, "box": 0.3, "mask": 0.1, "point+box": 0.1}  # what points at the objects of task interactive
 
 
@@ -72,6 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--resume", default=None, help="checkpoint to continue bit for bit; auto: OUT/last if any")
     g.add_argument("--init", default=None, help="checkpoint whose weights to start from, with a fresh optimizer")
     g.add_argument("--steps", type=int, default=3000, help="optimizer steps in all, resumed ones included")
+    g.add_argument("--overfit", type=int, default=0, help="train and evaluate on the first N items only (0: off)")
     g.add_argument("--stop-at", type=int, default=None, help="stop and save here; the schedule still spans --steps")
     g.add_argument("--batch-size", type=int, default=8, help="items per process and step")
     g.add_argument("--accum", type=int, default=1, help="micro-batches per optimizer step")
@@ -99,6 +104,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     g.add_argument("--own-tasks", action="store_true", help="ranks draw their tasks apart, not one for all")
     g.add_argument("--size", default="96x96", metavar="HxW", help="pixels that the network sees")
+    g.add_argument("--scale", type=float, nargs=2, default=None, metavar=("LOW", "HIGH"),
+                   help="resize by a factor of this range (default: 0.8 2, prompted pictures 0.1 2, as RAP-SAM)")  # fmt: skip
     g.add_argument("--prompts", type=int, default=12, help="prompted objects of a picture")
     g.add_argument("--clicks", type=int, default=3, help="interactive: most clicks of an object, 1 off; spec: 7")
     g = p.add_argument_group("model")
@@ -106,6 +113,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--imagenet", default=None, help="local torchvision weights of that backbone (.pth)")
     g.add_argument("--queries", type=int, default=100, help="object queries")
     g.add_argument("--dim", type=int, default=256, help="width of features and queries")
+    g.add_argument("--keep-queries", type=int, default=0, help="queries that go on after --prune-after (0: all)")
+    g.add_argument("--prune-after", type=int, default=1, help="stage after which queries are left out, 1..3")
+    g.add_argument("--key-rank", type=int, default=0, help="width of the keys that prompts look at (0: full)")
+    g.add_argument("--key-stride", type=int, default=4, choices=KEY_STRIDES, help="px from key to key")
+    g.add_argument("--fusion", default="attention", choices=FUSIONS, help="how what points at an object is made one")
+    g.add_argument("--look", default="all", choices=LOOKS, help="prompts that bring features along: all, or masks only")
+    g.add_argument("--logit-scale", type=float, default=LOGIT_SCALE, help="of the cosine of object and class name")
+    g.add_argument("--temperature", type=float, default=TEMPERATURE, help="stages' classes have --logit-scale over it")
     g.add_argument("--clip", default=None, help="CLIP snapshot for names and sentences (default: hashed words)")
     g = p.add_argument_group("loss and optimizer")
     g.add_argument("--points", type=int, default=12544, help="where masks are compared")
@@ -115,6 +130,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--weight-decay", type=float, default=0.05, help="AdamW decay of matrices and kernels")
     g.add_argument("--clip-grad", type=float, default=1.0, help="gradient norm is clipped here (RAP-SAM: 0.01)")
     g.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, as 0.999 (0: none)")
+    g.add_argument("--distill", type=float, default=0.0, help="weight of learning from the averaged weights (0: none)")
     return p.parse_args(argv)
 
 
@@ -128,7 +144,17 @@ def check_flags(args) -> dict[str, float]:
     counts = "steps batch_size accum print_every val_every save_every val_items prompts clicks queries points".split()
     run.check_ranges(args, **dict.fromkeys(counts, (1, 10**9)), workers=(0, 256), dim=(16, 4096), lr=(1e-12, 0.1))
     run.check_ranges(args, backbone_lr=(0, 10), warmup=(0, 0.999), weight_decay=(0, 10), clip_grad=(1e-6, 1e6))
-    run.check_ranges(args, ema=(0, 0.999999))
+    run.check_ranges(args, ema=(0, 0.999999), distill=(0, 1000), keep_queries=(0, args.queries), key_rank=(0, args.dim))
+    run.check_ranges(args, prune_after=(1, FastSAM2Config.stages))
+    run.check_ranges(args, overfit=(0, 10**9), logit_scale=(1e-3, 1e4), temperature=(1e-3, 1e3))
+    if args.overfit and args.val_data:
+        raise UserError("--overfit evaluates on the pictures that it trains on; leave --val-data out")
+    if args.scale and not 0 < args.scale[0] <= args.scale[1]:
+        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < LOW <= HIGH")
+    if args.key_rank % FastSAM2Config.heads:
+        raise UserError(f"--key-rank {args.key_rank}: expected a multiple of {FastSAM2Config.heads}, one part a head")
+    if args.distill and not args.ema:
+        raise UserError(f"--distill {args.distill}: the averaged weights teach; give --ema as well, as 0.999")
     if (args.stop_at or 0) < 0:
         raise UserError(f"--stop-at {args.stop_at}: expected 0 or more steps")
     if min(run.numbers("--size", args.size, "x", 2)) < 32:
@@ -183,6 +209,22 @@ class Renumbered(Dataset):
     def __getitem__(self, key) -> dict:
         item = self.items[key]
         return {**item, "labels": self.places[item["labels"]]}
+
+
+class First(Dataset):
+    """The first n items as they are in epoch 0."""
+
+    def __init__(self, items: Renumbered, n: int):
+        self.items, self.n = items, min(n, len(items))
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, key) -> dict:
+        index = key[1] if isinstance(key, tuple) else key
+        if not 0 <= index < self.n:
+            raise IndexError(f"First: item {index} of {self.n}")
+        return self.items[0, index]
 
 
 def make_sets(sources, classes: list[str], tasks, view, prompts: Prompts, seed: int) -> dict[str, Renumbered]:
@@ -244,12 +286,25 @@ def add_clicks(model: FastSAM2, batch: dict, rounds: int, args, r) -> dict:
     return batch
 
 
-def batch_losses(net, batch: dict, num_masks, embed, args, r) -> dict[str, torch.Tensor]:
-    """Losses of one micro-batch, forward in autocast, losses in float32."""
+def other_light(images: torch.Tensor) -> torch.Tensor:
+    """Bytes (B, 3, H, W) -> floats in [0, 1]; each picture's channels are brighter or darker by up to a fifth."""
+    gain = 1 + LIGHT * (2 * torch.rand(len(images), 3, 1, 1, device=images.device) - 1)
+    return (gain * images / 255).clamp(0, 1)
+
+
+def batch_losses(net, batch: dict, num_masks, embed, args, r, teacher: FastSAM2 | None = None) -> dict:
+    """Losses of one micro-batch, scalars, forward in autocast, losses in float32; with a teacher, in evaluation, also
+    distill, which is part of loss."""
     prompts = PromptBatch.of(batch, embed).to(r.device) if batch["task"] in PROMPT_TASKS else None
     with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32):
         out = net(batch["image"], prompts, task=batch["task"])
-        return segment_losses(out, batch, num_masks, args.points)
+        losses = segment_losses(out, batch, num_masks, args.points)
+        if teacher is not None:
+            with torch.no_grad():
+                said = teacher(other_light(batch["image"]), prompts, task=batch["task"])
+            losses["distill"] = args.distill * sum(distill_losses(out, said, batch, args.points).values())
+            losses["loss"] = losses["loss"] + losses["distill"]
+    return losses
 
 
 @torch.no_grad()
@@ -301,7 +356,9 @@ def build(args, sources, r) -> tuple[FastSAM2, object]:
         templates, width = TEMPLATES, clip.cfg.embed_dim
     cfg = FastSAM2Config(
         classes=classes, backbone=args.backbone, queries=args.queries, dim=args.dim, hidden=8 * args.dim,
-        embed_dim=width, frozen_norm=args.imagenet is not None,
+        embed_dim=width, frozen_norm=args.imagenet is not None, keep_queries=args.keep_queries,
+        prune_after=args.prune_after, key_rank=args.key_rank, key_stride=args.key_stride, fusion=args.fusion,
+        look=args.look, logit_scale=args.logit_scale, temperature=args.temperature,
     )  # fmt: skip
     model = FastSAM2(cfg)
     if args.imagenet:
@@ -314,7 +371,8 @@ def build(args, sources, r) -> tuple[FastSAM2, object]:
 def make_validation(args, classes: list[str], tasks: list[str], height: int, width: int, load: dict) -> dict:
     """{task: loader of its first pictures, shown whole}; with panoptic also for what is read off it."""
     val_specs = args.val_data or (["shapes"] if args.data == ["shapes"] else [])
-    val_sources = open_sources("--val-data", val_specs, min(height, width), 10**6 + args.seed)
+    val_specs, seed = (args.data, args.seed) if args.overfit else (val_specs, 10**6 + args.seed)
+    val_sources = open_sources("--val-data", val_specs, min(height, width), seed)
     for source in val_sources:
         strange = [name for name in source.classes if name not in classes]
         if strange:
@@ -325,7 +383,7 @@ def make_validation(args, classes: list[str], tasks: list[str], height: int, wid
     val_sets = make_sets(val_sources, classes, val_tasks, lambda t: View(height, width), kinds, 0) if val_tasks else {}
     loaders = {}
     for name, items in val_sets.items():  # the first source of a task
-        part = Subset(items, range(min(len(items), args.val_items)))
+        part = Subset(items, range(min(len(items), args.overfit or args.val_items)))
         loaders.setdefault(name.split("|")[0], DataLoader(part, batch_size=args.batch_size, **load))
     return loaders
 
@@ -357,7 +415,11 @@ def main(argv: list[str] | None = None) -> None:
     numbers = sources[0].category_ids if classes == list(sources[0].classes) else range(1, len(classes) + 1)
     numbers = [int(n) for n in numbers]  # of the classes in the files that prediction writes
     prompts = Prompts(number=args.prompts, kinds=PROMPTS, jitter=0.1, coarse=4)
-    sets = make_sets(sources, classes, tasks, lambda t: training_view(t, height, width), prompts, args.seed)
+    how = {"flip": 0.0, "scale": (1.0, 1.0)} if args.overfit else {"scale": args.scale}
+    view = functools.partial(training_view, height=height, width=width, **how)
+    sets = make_sets(sources, classes, tasks, view, prompts, args.seed)
+    if args.overfit:
+        sets = {name: First(items, args.overfit) for name, items in sets.items()}
     mixture = TaskMixture(sets)
     load = {"collate_fn": SegmentCollate(), "num_workers": args.workers, "worker_init_fn": run.ignore_sigterm}
     loaders = make_validation(args, classes, tasks, height, width, load)
@@ -366,7 +428,7 @@ def main(argv: list[str] | None = None) -> None:
     model.to(r.device)
     if args.init:
         run.read_config(args.init)
-        weights = read_tensors(Path(args.init) / "model.safetensors")
+        weights = carry_over(read_tensors(Path(args.init) / "model.safetensors"), model)
         weights["head.classifier"] = model.head.classifier  # the classes are those of --data
         load_strict(model, weights, args.init)
     if r.world > 1 and r.device.type == "cuda" and not model.cfg.frozen_norm:
@@ -427,10 +489,13 @@ def main(argv: list[str] | None = None) -> None:
             if batch["task"] == "interactive" and args.clicks > 1:
                 batch = add_clicks(model, batch, int(torch.randint(args.clicks, ()).item()), args, r)
             with net.no_sync() if r.ddp and a < args.accum - 1 else nullcontext():
-                losses = batch_losses(net, batch, num_masks, embed, args, r)
+                teacher = averaged.eval() if args.distill and step >= warm else None
+                losses = batch_losses(net, batch, num_masks, embed, args, r, teacher)
                 scaler.scale(losses["loss"] / args.accum).backward()
-            total, n = shown.get(batch["task"], (0.0, 0))
-            shown[batch["task"]] = (total + losses["loss"].detach(), n + 1)
+            for name, value in ((batch["task"], losses["loss"]), ("distill", losses.get("distill"))):
+                if value is not None:
+                    total, n = shown.get(name, (0.0, 0))
+                    shown[name] = (total + value.detach(), n + 1)
         scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
         scaler.step(opt)
