@@ -29,11 +29,14 @@ BELONGS = {  # folder -> the modules that live there
         clip_adapter fsgr m2_transformer caption_decoding
         caption_attention semantic_head prototype_memory caption_losses self_critical fsgr_from_clip panoptic_post segment_losses segment_scores segment_inference lite_dfpn sam_prompt_encoder prompt_fusion streaming_memory
         fastsam2 sparse_conv res16unet scene_memory tiny_sa bifusion esam instance_merge sa2va vessel_unet convert_sa2va
-        matching mask_losses mlp""",
+        matching mask_losses mlp fastsam2_options sam2_memory sam_mask_decoder
+        sa2va_processor sa2va_video sa2va_losses sa2va_files sa2va_sizes sa2va_names sa2va_released sa2va_training
+        sa2va_validation sa2va_lora sa2va_memory vessel_inference""",
     "data": """video video_index peak_files peak_labels cutaways rally rally_play rally_pictures ball_labels rendered_ball coco_captions caption_vocab caption_files caption_checks coco_classes shape_captions segment_batch segment_checks peak_checks coco_panoptic
         coco_instances sa1b refcoco cityscapes davis ytvis vipseg moving_shapes task_mixture rgbd_folder scannet
-        superpoints rooms vessels referring_manifest check_dataset""",
-    "utils": "run weights masks overlay plots ptb_tokenizer caption_metrics caption_metrics_other schedules training_guards panoptic_quality instance_ap segmentation_files segment_writing segment_inputs picture_files click_simulator",
+        superpoints rooms vessels vessel_items vessel_questions vessel_checks referring_manifest
+        video_clips video_checks pseudo_video check_dataset""",
+    "utils": "run weights masks overlay plots ptb_tokenizer caption_metrics caption_metrics_other schedules training_guards panoptic_quality instance_ap segmentation_files segment_writing segment_inputs picture_files click_simulator crops field_of_view probability_files vessel_metrics vessel_controls",
     "train": "train",
     "eval": "compare_runs",
 }

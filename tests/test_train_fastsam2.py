@@ -185,7 +185,6 @@ def test_overfit_sees_the_same_pictures_again_and_again(tmp_path, monkeypatch):
     assert len(seen) == 2
     cfg = FastSAM2.from_checkpoint(out / "last").cfg
     assert (cfg.logit_scale, cfg.temperature) == (16, 1)
-    with pytest.raises(run.UserError, match="--val-data"):
-        train(tmp_path / "other", overfit=2, val_data=["shapes"])
-    with pytest.raises(run.UserError, match="LOW <= HIGH"):
-        train(tmp_path / "third", scale=[2, 1])
+    for wrong, match in (({"overfit": 2, "val_data": ["shapes"]}, "--val-data"), ({"scale": [2, 1]}, "LOW <= HIGH")):
+        with pytest.raises(run.UserError, match=match):
+            module.main(flags(tmp_path / "other", **wrong))
