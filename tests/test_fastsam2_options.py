@@ -64,6 +64,8 @@ def test_the_best_queries_are_those_most_surely_an_object():
     classes = torch.stack([sure, torch.full_like(sure, -2000), torch.zeros_like(sure)], -1)  # (1, 8, 3)
     assert (1 - classes[0, 3:5].softmax(-1)[:, -1]).tolist() == [1, 1]
     assert best_queries(classes, 6, 1).tolist() == [[4, 6, 7]]
+    swapped = classes[:, [0, 1, 2, 4, 3, 5, 6, 7]]
+    assert best_queries(swapped, 6, 1).tolist() == [[3, 6, 7]]
     assert best_queries(classes, 6, 4).tolist() == [[0, 2, 3, 4, 6, 7]]
     assert best_queries(classes, 6, 6).tolist() == [[*range(8)]]
     both = torch.cat([classes, classes.flip(1)])
