@@ -72,18 +72,20 @@ def weights_gib(module: nn.Module) -> float:
 
 
 def working_gib(model: Sa2VA, tiles: int = TILES, tokens: int = TOKENS) -> float:
-    """An upper estimate of what prediction needs beside the weights: keys and values of `tokens`, and the largest of the
-    activations of the three networks, which do not live at the same time."""
+    """An estimate, meant to be high, of what prediction needs beside the weights: keys and values of `tokens`, and the
+    largest of the activations of the three networks, which do not live at the same time. Attention is counted without
+    its matrix (fused kernels); InternVL's picture encoder is counted with the outputs of all its layers."""
     text, eyes, sam = model.mllm.config.text_config, model.mllm.config.vision_config, model.sam.config
     low = model.mllm.lm_head.weight.element_size()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head * tokens * low
-    reading = tokens * (6 * text.hidden_size + 3 * text.intermediate_size) * low
-    patches = tiles * 1025 if model.cfg.arch == "internvl" else 4 * tokens
-    looking = patches * (6 * eyes.hidden_size + 2 * eyes.intermediate_size) * low
+    reading = tokens * (8 * text.hidden_size + 4 * text.intermediate_size) * low
+    internvl = model.cfg.arch == "internvl"
+    patches, kept = (tiles * 1025, eyes.num_hidden_layers) if internvl else (4 * tokens, 0)
+    looking = patches * ((6 + kept) * eyes.hidden_size + 2 * eyes.intermediate_size) * low
     fine = (model.sam.image_size // 4) ** 2  # positions of Hiera's first stage and of the mask logits
     width = sam.vision_config.backbone_config.embed_dim_per_stage[0]
-    drawing = fine * (16 * width + 2 * sam.vision_config.fpn_hidden_size) * 4
+    drawing = fine * (32 * width + 2 * sam.vision_config.fpn_hidden_size) * 4
     return (cache + max(reading, looking, drawing)) / GIB
 
 
