@@ -75,7 +75,7 @@ CHASE := $(LAB_SHARED)/data/sa2va/chase_db1
 vessels: setup
 	rm -rf runs/unet
 	$(PY) train/train_vessel_unet.py --data $(CHASE) --out runs/unet
-	$(PY) eval/infer_vessels.py $(CHASE)/images/Image_1[1-4]*.jpg --ckpt runs/unet/best --out runs/unet/test
+	$(PY) eval/infer_vessels.py $(CHASE)/images/Image_1[1-4]*.jpg --ckpt runs/unet/best --tta --out runs/unet/test
 	$(PY) eval/eval_vessels.py --pred runs/unet/test --labels $(CHASE) --json runs/unet/test.json
 
 test: setup lint
