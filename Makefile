@@ -89,6 +89,7 @@ smoke: setup
 	$(PY) smoke/smoke_tempopeak.py
 	$(PY) smoke/smoke_fsgr.py
 	$(PY) smoke/smoke_fastsam2.py
+	$(PY) smoke/smoke_sa2va.py
 
 bench: setup
 	$(PY) smoke/bench_mamba.py
@@ -96,6 +97,7 @@ bench: setup
 	$(PY) smoke/bench_caption_reward.py
 	$(PY) smoke/bench_fsgr.py
 	$(PY) smoke/bench_fastsam2.py
+	$(PY) smoke/bench_sa2va.py
 
 gpu-check: setup
 	$(PY) -m pytest -q -m gpu

@@ -51,6 +51,11 @@ COMMANDS = [
     "-m torch.distributed.run --nproc_per_node=gpu train/train_fastsam2.py --device cuda --dtype fp16 --own-tasks "
     "--steps 40 --val-every 40 --out runs/gpu/fastsam2_ddp",
     "eval/infer_captions.py runs/gpu/shapes/val2017 --ckpt runs/gpu/rl/best --out runs/gpu/captions --device cuda",
+    "smoke/smoke_sa2va.py --device cuda",
+    "smoke/smoke_sa2va.py --device cuda --dtype bf16",
+    "smoke/overfit_sa2va.py --device cuda",
+    "smoke/overfit_sa2va.py --device cuda --dtype bf16",
+    "smoke/bench_sa2va.py --device cuda --size 1b --policies bf16 fp16 fp32 --rounds 10",
 ]
 
 
