@@ -1,4 +1,4 @@
-"""LoRA on Sa2VA's language model, rows of its new tokens, and the small checkpoint folder that holds only what was trained.
+"""LoRA on Sa2VA's language model, rows of its new tokens, and the small checkpoint folder of what was trained alone.
 
     adapter.safetensors   every trained tensor, float32: LoRA pairs, rows of the new tokens, projector, projection, ...
     adapter.json          rank, alpha, dropout, rows; folder and SHA-256 of the weight files it was trained on
@@ -91,7 +91,7 @@ def train_groups(model: Sa2VA, groups: Iterable[str]) -> dict[str, int]:
 
 
 def check_precision(model: Sa2VA, policy: str) -> None:
-    """ValueError unless all trained parameters are float32 and all frozen ones of the language model `policy`'s type."""
+    """ValueError unless all trained parameters are float32, and the language model's frozen ones `policy`'s type."""
     for name, p in model.named_parameters():
         want = POLICIES[policy] if name.startswith("mllm.") and not p.requires_grad else torch.float32
         if p.dtype != want:
