@@ -2,13 +2,12 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: help setup demo test test-slow smoke bench gpu-check lint format rally captions shapes vessels
+.PHONY: help setup demo test test-slow smoke bench gpu-check lint format rally captions vessels
 
 help:
 	@echo "make demo       set up .venv, train on rendered rallies, find the contacts in an unseen video (about 8 minutes)"
 	@echo "make rally      the real-video job: train on the labelled tennis rally under LAB_SHARED, predict, evaluate"
 	@echo "make captions   train a captioner on rendered shapes: cross-entropy, CIDEr reward, captions, scores (5 minutes)"
-	@echo "make shapes     train FastSAM2 on rendered shapes: panoptic, clicks and boxes, sentences in one network (25 minutes)"
 	@echo "make vessels    the vessel job: train the U-Net on CHASE_DB1 under LAB_SHARED, predict, evaluate (8 minutes)"
 	@echo "make test       set up .venv, lint, all quick tests"
 	@echo "make test-slow  the trainings marked slow as well"
@@ -61,13 +60,6 @@ captions: setup
 	$(PY) train/train_fsgr.py $(SHAPES) --stage rl --init runs/captions/xe/best --epochs 6 --val-epochs 2 --lr 1e-4 --out runs/captions/rl
 	$(PY) eval/infer_captions.py runs/captions/shapes/val2017 --ckpt runs/captions/rl/best --out runs/captions/pred --semantic-map
 	$(PY) eval/eval_captions.py --pred runs/captions/pred/captions.json --labels runs/captions/shapes/annotations/captions_val2017.json
-
-# preset of the shapes job: 64 px, random weights, scales of the class logits that learn from nothing
-FASTSAM2 := --data shapes --backbone resnet18 --dim 128 --queries 20 --size 64x64 --scale 0.8 2 --points 512 --batch-size 16 \
-  --lr 1e-3 --backbone-lr 1 --logit-scale 16 --temperature 1 --prompts 6 --clicks 2 --val-items 192 --val-every 600
-
-shapes: setup
-	$(PY) train/train_fastsam2.py $(FASTSAM2) --share panoptic=3 referring=2 --steps 2400 --out runs/shapes
 
 # the vessel job of README: needs CHASE_DB1 under LAB_SHARED
 CHASE := $(LAB_SHARED)/data/sa2va/chase_db1
