@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from models.mask_losses import bce_loss, dice_loss, sample_points, uncertain_points
 from models.sa2va_processor import IGNORE
 from models.sa2va_video import resize_logits
+from utils.vessel_metrics import soft_skeleton
 
 TARGETS, BALANCES = ("mask", "grid", "area"), ("mask", "official5")
 OBJECTS = 5  # that the released training brings each sample to
-EROSIONS = 10  # of the soft skeleton
 
 
 @dataclass
@@ -68,27 +68,9 @@ def repeated(objects: int) -> list[int]:
     return [k % objects for k in range(OBJECTS)] if objects else []
 
 
-def soft_skeleton(p: torch.Tensor) -> torch.Tensor:
-    """Skeleton of probabilities (n, H, W) by repeated soft erosion and opening, differentiable; same shape."""
-
-    def erode(x):
-        return torch.minimum(-F.max_pool2d(-x, (3, 1), 1, (1, 0)), -F.max_pool2d(-x, (1, 3), 1, (0, 1)))
-
-    def ridge(x):  # what opening takes away
-        return F.relu(x - F.max_pool2d(erode(x), 3, 1, 1))
-
-    x = p[:, None]
-    skeleton = ridge(x)
-    for _ in range(EROSIONS):
-        x = erode(x)
-        new = ridge(x)
-        skeleton = skeleton + F.relu(new - skeleton * new)
-    return skeleton[:, 0]
-
-
 def soft_cldice_loss(p: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """1 - clDice of probabilities and truth, both (n, H, W) in 0..1 -> (n,). Smoothing 1."""
-    ours, theirs = soft_skeleton(p), soft_skeleton(truth)
+    ours, theirs = (soft_skeleton(x[:, None])[:, 0] for x in (p, truth))
     precision = ((ours * truth).sum((1, 2)) + 1) / (ours.sum((1, 2)) + 1)
     sensitivity = ((theirs * p).sum((1, 2)) + 1) / (theirs.sum((1, 2)) + 1)
     return 1 - 2 * precision * sensitivity / (precision + sensitivity)

@@ -21,7 +21,7 @@ from models.vessel_unet import (
     turn_back,
     vessel_losses,
 )
-from utils.field_of_view import fov_statistics, standardise
+from utils.field_of_view import fov_statistics
 from utils.run import UserError, save_checkpoint
 from utils.vessel_metrics import soft_cldice
 
@@ -111,11 +111,11 @@ def test_a_configuration_without_widths_is_refused():
 # ---- preprocessing and prediction
 
 
-def test_standardised_is_the_data_sets_standardise(photo):
+def test_standardised_inside_the_field_of_view(photo):
     mean, std = fov_statistics(photo, DISC)
     known = [torch.from_numpy(a)[None] for a in (photo, DISC, mean, std)]
     ours = standardised(*known)[0].permute(1, 2, 0).numpy()
-    np.testing.assert_allclose(ours, standardise(photo, DISC, mean, std), atol=1e-6)
+    np.testing.assert_allclose(ours[DISC], ((photo - mean) / std)[DISC], atol=1e-5)
     assert not ours[~DISC].any() and np.abs(ours[DISC].mean(0)).max() < 1e-4
     np.testing.assert_allclose(ours[DISC].std(0), 1, atol=1e-3)
 

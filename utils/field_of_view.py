@@ -41,11 +41,3 @@ def fov_statistics(picture: np.ndarray, fov: np.ndarray) -> tuple[np.ndarray, np
     mean = share @ levels
     std = np.sqrt(np.maximum(share @ levels**2 - mean**2, 0))
     return mean.astype(np.float32), np.maximum(std, 1).astype(np.float32)
-
-
-def standardise(picture: np.ndarray, fov: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """(picture - mean) / std inside fov, 0 outside: (H, W, 3) float32, whatever the size of the crop.
-
-    mean, std (3,): those of the whole photograph (`fov_statistics`), so a crop looks as it does in its photograph.
-    """
-    return np.where(fov[..., None], (picture - mean) / std, 0).astype(np.float32)
