@@ -47,7 +47,7 @@ def save_model(folder: Path, cfg: TempoPeakConfig, name: str = "TempoPeak") -> P
     torch.manual_seed(0)
     model = TempoPeak(cfg)
     optimizer = torch.optim.AdamW(model.parameters()).state_dict()
-    state = {"optimizer": optimizer, "scaler": {}, "best": -1.0, "args": {}}
+    state = {"optimizer": optimizer, "scaler": {}, "best": -1.0, "args": {}, "world": 1}
     return run.save_checkpoint(folder, 1, model, {**model.config_dict(), "class": name}, state)
 
 
