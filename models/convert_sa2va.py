@@ -39,7 +39,7 @@ from transformers.initialization import no_init_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repo root, so our packages import from anywhere
 from models.sa2va import Sa2VA, Sa2VAConfig
-from models.sa2va_files import config_of, weight_files, write_folder
+from models.sa2va_files import weight_files, write_folder
 from models.sa2va_names import (
     LINES,
     BijectionReport,
@@ -54,7 +54,7 @@ from models.sa2va_processor import END, NEW_TOKENS, Sa2VAProcessor
 from models.sa2va_released import heads_of, line_of, released_config, released_preprocessing, released_sizes
 from models.sa2va_sizes import sam_config
 from utils import run
-from utils.run import UserError
+from utils.run import UserError, read_config
 from utils.weights import read_tensors
 
 SAM2 = "grounding_encoder.sam2_model."
@@ -159,7 +159,7 @@ def open_folder(folder: Path, args: argparse.Namespace) -> Opened:
                 f"{folder}: DeepSpeed's pieces; merge them with its zero_to_fp32.py and give the merged file"
             )
         raise UserError(f"{folder}: no folder with a config.json; expected a released or a checkpoint folder")
-    config = config_of(folder)
+    config = read_config(folder)
     if config.get("class") != Sa2VA.__name__:
         return open_released(folder, config, args)
     if args.sam2:

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from models.sa2va_files import config_of, load_weights, write_folder
+from models.sa2va_files import load_weights, write_folder
 from models.sa2va_losses import LossConfig, each_mask, language_loss, repeated
 from models.sa2va_names import GROUPS, group_of
 from models.sa2va_processor import FORCED, Sa2VAProcessor
@@ -42,7 +42,7 @@ from models.sa2va_video import (
     propagate,
     resize_logits,
 )
-from utils.run import UserError
+from utils.run import UserError, read_config
 
 CLASSES = {
     "internvl": (InternVLConfig, InternVLForConditionalGeneration),
@@ -398,7 +398,7 @@ class Sa2VA(nn.Module):
         """
         if policy not in POLICIES:
             raise UserError(f"policy {policy}: expected one of {', '.join(POLICIES)}")
-        config = config_of(folder)
+        config = read_config(folder)
         if config.get("class") != cls.__name__:
             raise UserError(f"{folder}: a checkpoint of {config.get('class')}, expected one of {cls.__name__}")
         processor = Sa2VAProcessor.load(folder)

@@ -7,10 +7,9 @@ Nothing is dropped, renamed or initialised anew: a tensor that is missing, unexp
 finite is an error. Tensors are read shard by shard, so that no second copy of a large model is held.
 """
 
+import errno
 import json
-import os
 import shlex
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from utils.run import UserError, commit, read_config
+from utils.run import UserError, commit, new_folder, writing
 from utils.weights import read_tensors
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,6 +36,15 @@ def shards_of(sizes: dict[str, int], largest: float) -> list[list[str]]:
     return shards
 
 
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """One safetensors file. OSError, as any writing, where safetensors would raise its own error on a full disk."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as e:
+        raise OSError(errno.EIO, str(e), str(path)) from e
+
+
 def write_weights(state: dict[str, torch.Tensor], folder: Path, shard_bytes: float) -> None:
     """model.safetensors, or shards and their index, into an existing folder."""
     sizes = {k: v.numel() * v.element_size() for k, v in state.items()}
@@ -44,8 +52,7 @@ def write_weights(state: dict[str, torch.Tensor], folder: Path, shard_bytes: flo
     n, places = len(shards), {}
     for k, names in enumerate(shards, 1):
         file = WEIGHTS if n == 1 else f"model-{k:05d}-of-{n:05d}.safetensors"
-        tensors = {name: state[name].detach().cpu().contiguous() for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_tensors({name: state[name] for name in names}, folder / file)
         places |= dict.fromkeys(names, file)
     if n > 1:
         about = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
@@ -56,36 +63,18 @@ def write_folder(
     folder: Path | str,
     state: dict[str, torch.Tensor],
     config: dict,
-    save_processor: Callable[[Path], None],
+    save_more: Callable[[Path], None],
     shard_bytes: float = 5e9,
+    replace: bool = False,
 ) -> None:
-    """A complete checkpoint folder under a temporary name, then renamed. UserError when `folder` exists."""
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder}: exists already; choose a new folder")
+    """A complete checkpoint folder, all or nothing (`utils.run.new_folder`). save_more: writes what else belongs there,
+    as the processor."""
     made_by = {"commit": commit(), "torch": str(torch.__version__), "command": shlex.join(sys.argv)}
-    tmp = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    try:
+    with new_folder(folder, replace) as tmp, writing(tmp):
         write_weights(state, tmp, shard_bytes)
         text = json.dumps({**config, "made_by": {**made_by, **config.get("made_by", {})}}, indent=1) + "\n"
         (tmp / "config.json").write_text(text, encoding="utf-8")
-        save_processor(tmp)
-        os.rename(tmp, folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)  # still there only if something above failed
-
-
-def config_of(folder: Path | str) -> dict:
-    """config.json of a folder with one weight file or with shards. UserError as utils.run.read_config."""
-    folder = Path(folder)
-    if not (folder / INDEX).is_file():
-        return read_config(folder)
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder}/config.json: not readable ({type(e).__name__}); take another checkpoint") from e
+        save_more(tmp)
 
 
 def weight_files(folder: Path | str) -> list[Path]:

@@ -10,20 +10,17 @@ Sources: Hu et al., LoRA, arXiv 2106.09685, in peft's implementation; Yuan et al
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors.torch import save_file
 
 from models.sa2va import POLICIES, Sa2VA
-from models.sa2va_files import INDEX, weight_files
+from models.sa2va_files import INDEX, save_tensors, weight_files
 from models.sa2va_processor import NEW_TOKENS
-from utils.run import UserError
+from utils.run import UserError, new_folder, writing
 from utils.weights import file_sha256, read_tensors
 
 WEIGHTS, ABOUT = "adapter.safetensors", "adapter.json"
@@ -113,23 +110,14 @@ def base_files(base: Path | str) -> dict[str, str]:
 
 
 def save_adapter(folder: Path | str, tensors: dict[str, torch.Tensor], spec: LoraSpec, base: dict, config: dict,
-                 save_more: Callable[[Path], None]) -> None:  # fmt: skip
+                 save_more: Callable[[Path], None], replace: bool = False) -> None:  # fmt: skip
     """A folder as above, under a temporary name and renamed. tensors: those trained, by the names of the model with
     LoRA; base: {"folder", "sha256": of `base_files`}; save_more: writes what else belongs there, as the processor."""
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder}: exists already; choose a new folder")
-    tmp = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp / WEIGHTS)
+    with new_folder(folder, replace) as tmp, writing(tmp):
+        save_tensors(tensors, tmp / WEIGHTS)
         (tmp / ABOUT).write_text(json.dumps({**asdict(spec), "base": base}, indent=1) + "\n", encoding="utf-8")
         (tmp / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         save_more(tmp)
-        os.rename(tmp, folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)  # still there only if something above failed
 
 
 def read_adapter(folder: Path | str, base: Path | str | None = None) -> tuple[dict, LoraSpec, dict]:

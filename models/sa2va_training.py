@@ -2,16 +2,14 @@
 checkpoint folders, complete ones or adapters (models/sa2va_lora.py), under the links `last` and `best`.
 """
 
-import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from models.sa2va import Sa2VA
-from models.sa2va_files import config_of, write_folder
+from models.sa2va_files import write_folder
+from models.sa2va_lora import WEIGHTS as ADAPTER
 from models.sa2va_lora import save_adapter
 from models.sa2va_losses import LossConfig
 from models.sa2va_sizes import tiny_sa2va
@@ -50,44 +48,26 @@ class WithLosses(nn.Module):
 # ---- checkpoints
 
 
-def publish(out: Path, folder: Path, best: bool, keep: int = 3) -> None:
-    """Point the links `last` (and `best`) at a complete folder; delete all but the newest `keep` and the best."""
-    for name in ["last", "best"] if best else ["last"]:
-        link = out / f".tmp-link-{name}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(folder.name)
-        os.replace(link, out / name)
-    kept = {(out / name).resolve().name for name in ("last", "best") if (out / name).exists()}
-    for old in sorted(out.glob("step_*"), key=lambda p: (p.stat().st_mtime_ns, p.name))[:-keep]:
-        if old.name not in kept:
-            shutil.rmtree(old)
-
-
 def write_checkpoint(out: Path, step: int, model: Sa2VA, weights: dict, spec, base, config: dict, state: dict) -> Path:
     """out/step_NNNNNN, complete or the adapter alone, with state.pt; a folder of the same step is replaced."""
 
     def more(tmp: Path) -> None:
         model.processor.save(tmp)
-        torch.save({**state, "step": step}, tmp / "state.pt")
+        (tmp / "state.pt").write_bytes(run.pack_state(state, step))
 
-    folder, aside = out / f"step_{step:06d}", out / f".tmp-old-step_{step:06d}"
-    shutil.rmtree(aside, ignore_errors=True)
-    if folder.exists():  # the same step, saved before a resume
-        os.rename(folder, aside)
+    folder = out / f"step_{step:06d}"
     if spec is None:
-        write_folder(folder, weights, config, more)
+        write_folder(folder, weights, config, more, replace=True)
     else:
         made_by = {"commit": run.commit(), "torch": str(torch.__version__)}
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         tensors = {k: v for k, v in weights.items() if k in trained}
-        save_adapter(folder, tensors, spec, base, {**config, "made_by": made_by}, more)
-    shutil.rmtree(aside, ignore_errors=True)
+        save_adapter(folder, tensors, spec, base, {**config, "made_by": made_by}, more, replace=True)
     return folder
 
 
 def known_of(start: str | None) -> dict:
     """config.json of the checkpoint that this run starts from, complete or an adapter; {} without one."""
-    path = Path(start or ".") / "config.json"
-    if start is None or not path.is_file():
-        return {} if start is None else config_of(start)
-    return json.loads(path.read_text(encoding="utf-8"))
+    if start is None:
+        return {}
+    return run.read_config(start, ADAPTER if (Path(start) / ADAPTER).is_file() else "model.safetensors")

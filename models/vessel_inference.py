@@ -3,7 +3,6 @@
 Shapes: picture (H, W, 3) uint8 RGB, boxes (N, 4) px of equal crops that cover it (`utils.crops.crop_grid`).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +10,13 @@ import numpy as np
 import torch
 
 from models.sa2va import Sa2VA
-from models.sa2va_files import INDEX, WEIGHTS, config_of
+from models.sa2va_files import INDEX, WEIGHTS
 from models.sa2va_lora import WEIGHTS as ADAPTER
 from models.sa2va_video import resize_logits
 from models.vessel_unet import VesselUNet
 from utils import crops
 from utils.field_of_view import fov_statistics
-from utils.run import UserError
+from utils.run import UserError, read_config
 
 
 @dataclass
@@ -34,13 +33,7 @@ def read_about(folder: Path | str) -> tuple[str, dict, Path]:
     """What a checkpoint folder holds: kind (vessel_unet or sa2va), config.json, and the file whose hash names its weights
     (an index of shards, an adapter). UserError for anything else."""
     folder, adapter = Path(folder), Path(folder) / ADAPTER
-    if adapter.is_file():
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise UserError(f"{folder}/config.json: not readable ({type(e).__name__}); take another checkpoint") from e
-    else:
-        config = config_of(folder)
+    config = read_config(folder, ADAPTER if adapter.is_file() else WEIGHTS)
     kinds = {"vessel_unet": config.get("model") == "vessel_unet", "sa2va": config.get("class") == Sa2VA.__name__}
     if True not in kinds.values():
         raise UserError(f"{folder}: holds neither a vessel U-Net nor a Sa2VA; take a checkpoint of one of them")

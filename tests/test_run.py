@@ -383,6 +383,23 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old(tmp_path, monkeypatch, 
     assert (tmp_path / "last").resolve().name == (tmp_path / "best").resolve().name == "step_000001"
 
 
+def test_a_new_folder_gives_way_only_to_a_complete_one(tmp_path):
+    folder = tmp_path / "run"
+    with run.new_folder(folder) as tmp:
+        (tmp / "a").write_text("old")
+        assert not folder.exists()
+    with pytest.raises(UserError, match="exists already"), run.new_folder(folder):
+        pass
+    with pytest.raises(KeyError), run.new_folder(folder, replace=True) as tmp:
+        (tmp / "a").write_text("half")
+        assert (folder / "a").read_text() == "old"
+        raise KeyError
+    assert (folder / "a").read_text() == "old", "what fails half way leaves the old folder as it was"
+    with run.new_folder(folder, replace=True) as tmp:
+        (tmp / "a").write_text("new")
+    assert (folder / "a").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
 @pytest.mark.parametrize("part", ["weights", "state"])
 def test_a_disk_that_fills_up_is_one_sentence(tmp_path, monkeypatch, capsys, part):
     resource = pytest.importorskip("resource")

@@ -53,7 +53,7 @@ from models.sa2va_lora import (
     train_groups,
 )
 from models.sa2va_losses import TARGETS, LossConfig
-from models.sa2va_training import WithLosses, known_of, new_tiny, publish, write_checkpoint
+from models.sa2va_training import WithLosses, known_of, new_tiny, write_checkpoint
 from models.sa2va_validation import validate
 from utils import overlay, run, schedules
 from utils.plots import curves
@@ -326,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(f"step {step}: weights are not finite; try a lower --lr or --dtype fp32")
             state = {"optimizer": moments, "scaler": scaler.state_dict(), "best": best, "args": vars(args)}
             folder = write_checkpoint(out, step, model, weights, spec, base, config, state | {"world": r.world})
-            publish(out, folder, is_best)
+            run.publish(out, folder, is_best)
 
     # ---- loop
     run.watch_sigterm(r)

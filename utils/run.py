@@ -350,36 +350,28 @@ def writing(path: Path | str) -> Iterator[None]:
         raise OSError(e.errno, e.strerror, str(path)) from e
 
 
-def save_checkpoint(
-    out: Path, step: int, model: torch.nn.Module, config: dict, state: dict, best=False, keep=3
-) -> Path:
-    """Write out/step_NNNNNN (model.safetensors, config.json, state.pt) under a temporary name, rename it, point the
-    link `last` (and `best`) at it, and delete all but the newest `keep` and the best.
-
-    model: unwrapped and uncompiled. config: what `from_checkpoint` rebuilds it from. state: optimizer, step, args, ...:
-    tensors and plain Python values only, so that `torch.load(weights_only=True)` reads it.
-    """
-    folder, tmp = out / f"step_{step:06d}", out / f".tmp-step_{step:06d}"
+@contextmanager
+def new_folder(folder: Path | str, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder that takes the name `folder` when all is written, and goes when it is not. replace: a folder
+    of that name gives way, but not before the new one is complete; otherwise UserError when there is one."""
+    folder = Path(folder)
+    if folder.exists() and not replace:
+        raise UserError(f"{folder}: exists already; choose a new folder")
+    tmp, aside = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".tmp-old-{folder.name}")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    made_by = {"commit": commit(), "torch": str(torch.__version__), "command": shlex.join(sys.argv)}
     try:
-        packed = io.BytesIO()
-        torch.save({**state, "step": step}, packed)
-        # as bytes, because on a full disk torch and safetensors raise no OSError, which cli would explain
-        text = json.dumps({**config, "made_by": made_by}, indent=1) + "\n"
-        with writing(tmp):
-            (tmp / "model.safetensors").write_bytes(save(tensors))
-            (tmp / "state.pt").write_bytes(packed.getbuffer())
-            (tmp / "config.json").write_text(text, encoding="utf-8")
-        aside = out / f".tmp-old-{folder.name}"
-        if folder.exists():  # the same step, saved before a resume
+        yield tmp
+        if folder.exists():
             os.rename(folder, aside)
         os.rename(tmp, folder)
         shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)  # still there only if something above failed
+
+
+def publish(out: Path, folder: Path, best: bool, keep: int = 3) -> None:
+    """Point the links `last` (and `best`) at a complete folder; delete all but the newest `keep` and the best."""
     for name in ["last", "best"] if best else ["last"]:
         link = out / f".tmp-link-{name}"
         link.unlink(missing_ok=True)
@@ -389,15 +381,42 @@ def save_checkpoint(
     for old in sorted(out.glob("step_*"), key=lambda p: (p.stat().st_mtime_ns, p.name))[:-keep]:
         if old.name not in kept:
             shutil.rmtree(old)
+
+
+def pack_state(state: dict, step: int) -> bytes:
+    """state.pt. As bytes, because on a full disk torch and safetensors raise no OSError, which cli would explain."""
+    packed = io.BytesIO()
+    torch.save({**state, "step": step}, packed)
+    return packed.getvalue()
+
+
+def save_checkpoint(
+    out: Path, step: int, model: torch.nn.Module, config: dict, state: dict, best=False, keep=3
+) -> Path:
+    """Write out/step_NNNNNN (model.safetensors, config.json, state.pt) under a temporary name, rename it, point the
+    link `last` (and `best`) at it, and delete all but the newest `keep` and the best.
+
+    model: unwrapped and uncompiled. config: what `from_checkpoint` rebuilds it from. state: optimizer, step, args, ...:
+    tensors and plain Python values only, so that `torch.load(weights_only=True)` reads it.
+    """
+    folder = out / f"step_{step:06d}"
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    made_by = {"commit": commit(), "torch": str(torch.__version__), "command": shlex.join(sys.argv)}
+    with new_folder(folder, replace=True) as tmp:  # the same step may have been saved before a resume
+        text = json.dumps({**config, "made_by": made_by}, indent=1) + "\n"
+        with writing(tmp):
+            (tmp / "model.safetensors").write_bytes(save(tensors))
+            (tmp / "state.pt").write_bytes(pack_state(state, step))
+            (tmp / "config.json").write_text(text, encoding="utf-8")
+    publish(out, folder, best, keep)
     return folder
 
 
-def read_config(folder: Path | str) -> dict:
+def read_config(folder: Path | str, weights: str = "model.safetensors") -> dict:
     """config.json of a checkpoint folder. UserError names what is missing and the checkpoints that do exist nearby."""
     folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        sharded = name == "model.safetensors" and (folder / f"{name}.index.json").is_file()
-        if not sharded and not (folder / name).is_file():
+    for name in ("config.json", weights):
+        if not (folder / name).is_file() and not (folder / f"{name}.index.json").is_file():  # or shards
             near = sorted({str(p.parent) for base in (folder, folder.parent) for p in base.glob("*/config.json")})
             hint = f"checkpoints nearby: {', '.join(near[:4])}" if near else "expected a folder that train/ wrote"
             raise UserError(f"{folder}: not a checkpoint folder ({name} is missing); {hint}")
