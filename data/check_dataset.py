@@ -11,6 +11,7 @@ python data/check_dataset.py manifest my_pictures/manifest.jsonl --show sheet.pn
 python data/check_dataset.py moving_shapes --image-size 96 --clip-len 12 --show sheet.png
 python data/check_dataset.py davis datasets/DAVIS --split val --clip-len 4 --stride 1,5 --show sheet.png
 python data/check_dataset.py ytvis datasets/ytvis_2019/train.json --clip-len 4 --show sheet.png
+python data/check_dataset.py ball labels/ --videos videos/ --show sheet.png             # ball positions, TrackNet csv
 
 FORMAT peaks: E2E-Spot json, one file or a folder of them. FORMAT rally: rendered when asked for, so it has no ROOT.
 FORMAT captions: a COCO folder (2014 or 2017), or a folder with a csv of columns image,caption, as of Flickr8k.
@@ -20,6 +21,7 @@ as json (data/refcoco.py says how to make them), instances.json beside. FORMAT m
 FORMAT davis: DAVIS, or folders of frames and masks (data/davis.py). FORMAT ytvis: YouTube-VIS json. FORMAT vipseg: the
 folder of images/ and panomasks/. FORMAT pseudo_video: COCO's panoptic or instances json, each picture as a clip.
 FORMAT vessels: the folder of CHASE_DB1, DRIVE, STARE, HRF, FIVES or ARCADE (data/vessels.py shows their layouts).
+FORMAT ball: a csv of ball positions or a folder of them, videos beside or in --videos (data/ball_labels.py).
 FORMAT manifest: anybody's pictures with named masks, one per line of manifest.jsonl (data/referring_manifest.py).
 The picture holds the first batch of training with the same flags: a row per clip, the frames around its peak; captions:
 images as the network sees them, with the labels of their patches, and the captions after encoding; segmentation: a row
@@ -34,6 +36,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repo root, so our packages import from anywhere
+from data.ball_checks import BALL_FORMATS, check_ball
 from data.caption_checks import check_captions
 from data.caption_files import SPLITS
 from data.coco_captions import ImageReader
@@ -50,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    formats = ["peaks", "rally", "captions", *VESSEL_FORMATS, *FORMATS, *VIDEO_FORMATS]
+    formats = ["peaks", "rally", "captions", *BALL_FORMATS, *VESSEL_FORMATS, *FORMATS, *VIDEO_FORMATS]
     p.add_argument("format", metavar="FORMAT", choices=formats, help=", ".join(formats[:-1]) + f" or {formats[-1]}")
     p.add_argument("root", metavar="ROOT", nargs="?",
                    help="peaks: label file (E2E-Spot json) or folder of label files; captions: folder; "
@@ -134,6 +137,8 @@ def main(argv: list[str] | None = None) -> None:
         picture = check_segmentation(args)
     elif args.format in VIDEO_FORMATS:
         picture = check_videos(args)
+    elif args.format in BALL_FORMATS:
+        picture = check_ball(args)
     elif args.format == "rally":
         data, classes = rally_data(args, size)
     else:
