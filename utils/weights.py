@@ -3,6 +3,7 @@
 Nothing is ever downloaded. A tensor that is missing, unexpected, reshaped or not finite is an error, never a warning.
 """
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -23,17 +24,57 @@ MALFORMED = (LookupError, AttributeError, TypeError, struct.error)  # what torch
 
 
 def resolve_snapshot(folder: str | None, env: str, needs: tuple[str, ...] = ("config.json",)) -> Path:
-    """A local model folder: the flag's value, else the environment variable `env`. UserError names the missing file."""
+    """A local model folder: the flag's value, else the environment variable `env`. UserError names the missing file.
+
+    A hub's cache folder of one model (models--owner--name) leads to the snapshot that refs/main names, or to its only
+    one. needs: file patterns, also "a or b + c"; links and the shards of an index must lead to files.
+    """
     value = folder or os.environ.get(env)
     if not value:
         raise UserError(f"no model folder: give one on the command line or set {env}=/path/to/snapshot")
     path = Path(value).expanduser()
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; expected a local snapshot holding {', '.join(needs)}")
-    for name in needs:
-        if not list(path.glob(name)):
-            raise UserError(f"{path}: {name} is missing from this snapshot; copy the complete folder")
+    if (path / "snapshots").is_dir():
+        path = newest_snapshot(path)
+    names = sorted(p.name for p in path.iterdir())
+    for need in needs:
+        choices = [choice.split(" + ") for choice in need.split(" or ")]
+        for name in [x for choice in choices for pattern in choice for x in fnmatch.filter(names, pattern)]:
+            if not (path / name).exists():
+                raise UserError(
+                    f"{path / name}: a link to {os.readlink(path / name)}, which does not exist; copy the snapshot "
+                    "again, following links (cp -rL)"
+                )
+        if not any(all(fnmatch.filter(names, pattern) for pattern in choice) for choice in choices):
+            raise UserError(f"{path}: {need} is missing from this snapshot; copy the complete folder")
+    for index in sorted(path.glob("*.safetensors.index.json")):
+        check_shards(index)
     return path
+
+
+def newest_snapshot(cache: Path) -> Path:
+    """The snapshot of a hub's cache folder that refs/main names, or its only one."""
+    found = sorted(p.name for p in (cache / "snapshots").iterdir() if p.is_dir())
+    main = cache / "refs" / "main"
+    name = main.read_text(encoding="utf-8").strip() if main.is_file() else found[0] if len(found) == 1 else None
+    if name not in found:
+        what = f"refs/main names {name}" if name else "there is no refs/main"
+        raise UserError(
+            f"{cache}: {what}, and snapshots/ holds {', '.join(found) or 'nothing'}; give the folder of one snapshot"
+        )
+    return cache / "snapshots" / name
+
+
+def check_shards(index: Path) -> None:
+    """UserError unless every file that a *.safetensors.index.json names lies beside it."""
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, *MALFORMED) as e:
+        raise UserError(f"{index}: not readable as an index of weights ({type(e).__name__}); copy it again") from e
+    for name in shards:
+        if not (index.parent / name).exists():
+            raise UserError(f"{index.parent}: {name}, which {index.name} names, is missing; copy the complete folder")
 
 
 def read_tensors(path: Path | str) -> dict[str, torch.Tensor]:
