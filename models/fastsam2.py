@@ -15,6 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,10 +23,12 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from models.decoder_blocks import FeedForward, KernelUpdate, PixelAttention, branch, mlp, pool
 from models.fastsam2_options import best_queries, check_options, coarse_pixels, take
 from models.lite_dfpn import LiteDFPN
 from models.prompt_fusion import OBJECT_TASKS, Attention, PromptBatch, PromptFusion, check_task
 from models.semantic_head import TEMPLATES
+from models.streaming_memory import Followed, MemoryConfig, StreamingMemory
 from utils.run import UserError, read_config
 from utils.weights import load_strict, read_tensors
 
@@ -63,12 +66,17 @@ class FastSAM2Config:
     look: str = "all"  # what else brings features along: all (clicks, boxes, masks, texts) | masks
     logit_scale: float = LOGIT_SCALE  # of the cosines of the last output's classes
     temperature: float = TEMPERATURE  # of the stages' classes, whose scale is logit_scale / temperature
+    memory: MemoryConfig | None = None  # of the objects followed through a video, of the same dim and heads; None: none
 
     def __post_init__(self):
+        self.memory = MemoryConfig(**self.memory) if isinstance(self.memory, dict) else self.memory
         self.is_thing = self.is_thing or [True] * len(self.classes)
         if len(self.is_thing) != len(self.classes) or self.text not in TEXTS:
             raise ValueError(f"FastSAM2Config: {len(self.is_thing)} is_thing for {len(self.classes)} classes, text "
                              f"{self.text!r}; expected one each, and one of {TEXTS}")  # fmt: skip
+        if self.memory is not None and (self.memory.dim, self.memory.heads) != (self.dim, self.heads):
+            raise ValueError(f"FastSAM2Config: memory of dim {self.memory.dim}, {self.memory.heads} heads; expected "
+                             f"those of the network, {self.dim} and {self.heads}")  # fmt: skip
         check_options(self)
 
 
@@ -86,69 +94,6 @@ class Backbone(nn.Module):
         c3 = self.layer2(c2)
         c4 = self.layer3(c3)
         return [c2, c3, c4, self.layer4(c4)]
-
-
-class KernelUpdate(nn.Module):
-    """New queries from pooled features and queries, both (B, Q, D), through two gates; no residual."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.dynamic_layer, self.input_layer = nn.Linear(dim, 2 * dim), nn.Linear(dim, 2 * dim)
-        self.input_gate, self.update_gate = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.norm_in, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.input_norm_in, self.input_norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.fc_layer, self.fc_norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
-
-    def forward(self, pooled: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(pooled.device.type, enabled=False):  # a sum over the pixels does not fit float16
-            p_in, p_out = self.dynamic_layer(pooled.float()).chunk(2, -1)
-            i_in, i_out = self.input_layer(k.float()).chunk(2, -1)
-            gate = i_in * p_in
-            a = self.input_norm_in(self.input_gate(gate)).sigmoid()
-            u = self.norm_in(self.update_gate(gate)).sigmoid()
-            new = u * self.norm_out(p_out) + a * self.input_norm_out(i_out)
-            return F.relu(self.fc_norm(self.fc_layer(new)))
-
-
-class PixelAttention(nn.Module):
-    """k + attention of the queries over all pixels; one level deeper in names, as released."""
-
-    def __init__(self, dim: int, heads: int, rank: int):
-        super().__init__()
-        self.attn = Attention(dim, heads, rank)
-
-    def forward(self, k: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        return k + self.attn(k, pixels)
-
-
-class FeedForward(nn.Module):
-    """x + W2 ReLU(W1 x)."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Sequential(nn.Linear(dim, hidden), nn.ReLU()), nn.Linear(hidden, dim))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.layers(x)
-
-
-def mlp(dim: int, out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, out))
-
-
-def branch(dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, dim, bias=False), nn.LayerNorm(dim), nn.ReLU())
-
-
-def pool(logits: torch.Tensor, pixels: torch.Tensor, mean: bool) -> torch.Tensor:
-    """Features under the masks: sum, or mean, of pixels (B, S, D) where logits (B, Q, S) > 0 -> (B, Q, D) float32.
-
-    No gradient reaches the masks. An empty mask pools 0.
-    """
-    with torch.autocast(pixels.device.type, enabled=False):
-        hard = (logits.detach() > 0).float()
-        total = hard @ pixels.float()
-        return total / hard.sum(-1, keepdim=True).clamp_min(1) if mean else total
 
 
 class Stage(nn.Module):
@@ -305,6 +250,7 @@ class FastSAM2(nn.Module):
         self.prompt_fusion = (
             None if cfg.compat else PromptFusion(cfg.dim, cfg.heads, cfg.embed_dim, cfg.fusion, cfg.look)
         )
+        self.memory = None if cfg.memory is None else StreamingMemory(cfg.memory)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
 
@@ -330,15 +276,48 @@ class FastSAM2(nn.Module):
         """Masks, classes and mask quality of objects, prompts or both: DynamicDecoder.forward."""
         return self.head(features, prompts, objects)
 
-    def forward(
-        self, images: torch.Tensor, prompts: PromptBatch | None = None, objects: bool = True, task: str | None = None
+    def follow(
+        self,
+        features: torch.Tensor,
+        prompts: PromptBatch,
+        first: torch.Tensor | None = None,
+        truth: torch.Tensor | None = None,
+        forced: torch.Tensor | None = None,
     ) -> dict:
-        """Images or clips -> DynamicDecoder.forward's dict. A task decides whether objects are decoded; ValueError if
-        it contradicts the rest. In training every parameter has a gradient whatever the task."""
+        """Objects through clips with the memory, frame by frame: features (B, T, D, h, w), prompts of frame first int64
+        (B, P) of each object (None: 0; < 0: none), truth and forced as in StreamingMemory.follow -> the decoder's dict
+        with one more dimension, T after P, so masks are (B, P, T, h, w), and presence (B, P, T) logits, present (B, P,
+        T) bool. ValueError without a memory."""
+        if self.memory is None:
+            raise ValueError("follow: this network has no memory (FastSAM2Config.memory)")
+        first = torch.zeros_like(prompts.valid, dtype=torch.int64) if first is None else first
+        queries = torch.zeros(*first.shape, self.cfg.dim, device=first.device)
+        for t in sorted({0, *first.clamp_min(0).unique().tolist()}):  # frame 0 always: its parameters get a gradient
+            queries = torch.where((first == t)[..., None], self.queries(prompts, features[:, t]), queries)
+        decode = partial(self.decode, objects=False)
+        return stacked(self.memory.follow(features, decode, queries, first, truth, forced))
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        prompts: PromptBatch | None = None,
+        objects: bool = True,
+        task: str | None = None,
+        **taught: torch.Tensor | None,
+    ) -> dict:
+        """Images or clips -> DynamicDecoder.forward's dict; with a memory and task vos that of `follow`, whose first,
+        truth, forced are `taught`. A task decides whether objects are decoded; ValueError if it contradicts the rest.
+        In training every parameter has a gradient whatever the task."""
         if task is not None:
             check_task(task, images.ndim == 5, prompts is not None)
             objects = task in OBJECT_TASKS
         features = self.encode(images)
+        if self.memory is not None and self.training:
+            features = features + no_effect(self.memory)
+        if self.memory is not None and task == "vos":
+            return self.follow(features, prompts, **taught)
+        if taught:
+            raise ValueError(f"forward: {', '.join(taught)} are for task 'vos' of a network with a memory")
         if prompts is None and objects and self.training:
             prompts = PromptBatch.none(len(images), images.device)
         return self.decode(features, None if prompts is None else self.queries(prompts, features), objects)
@@ -392,6 +371,22 @@ class FastSAM2(nn.Module):
             raise UserError(f"{folder}/config.json: not a configuration of this version ({e}); train again") from e
         load_strict(model, read_tensors(Path(folder) / "model.safetensors"), folder)
         return model
+
+
+def no_effect(module: nn.Module) -> torch.Tensor:
+    """0, whatever the parameters hold, of which each gets a gradient of 0: what is not used has no gradient of None."""
+    return sum(p.flatten()[:0].float().sum() for p in module.parameters())
+
+
+def stacked(frames: Sequence[Followed]) -> dict:
+    """Objects in T frames one after the other -> the decoder's dict, presence and present, all (B, P, T, ...)."""
+
+    def along(values):
+        lists = isinstance(values[0], list)
+        return [along(stage) for stage in zip(*values, strict=True)] if lists else torch.stack(values, 2)
+
+    found = {k: along([f.out[k] for f in frames]) for k in frames[0].out}
+    return found | {k: along([getattr(f, k) for f in frames]) for k in ("presence", "present")}
 
 
 def released_prompts(prompts: PromptBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,26 @@ from models.prompt_fusion import PromptBatch
 from models.semantic_head import embed_texts
 from utils.masks import rle_encode
 from utils.run import UserError
+from utils.segment_inputs import check_place, fit, pack, resized, resized_map
 from utils.segment_writing import category_map, ids_to_rgb, number_segments
+
+
+@dataclass(frozen=True)
+class How:
+    """How pictures and videos are run on."""
+
+    image_size: tuple[int, int]  # px that pictures and frames are fitted into
+    categories: list[int]  # (K,)
+    dtype: torch.dtype = torch.float32  # of autocast
+    clip: int | None = None  # vis, vps: frames seen at once; 0: one by one, as a stream; None: by length
+    score: float = 0.8  # panoptic, vps: class probability of a segment; frame by frame what a new one needs
+    share: float = 0.8  # panoptic, vps: least share that stays of a mask; not frame by frame
+    top: int = 100  # instance, vis: pairs of query and class that are looked at
+    least: float = 0.3  # instance, vis: lowest score that is drawn
+
+    def __post_init__(self):
+        if self.clip is not None and self.clip < 0:
+            raise UserError(f"--clip-length {self.clip}: expected a number of frames, or 0 to see them one by one")
 
 
 @dataclass
@@ -99,6 +118,24 @@ class Result:
     names: list[str]  # (N,)
 
 
+def look(
+    model: FastSAM2,
+    image: np.ndarray,
+    limit: tuple[int, int],
+    objects: list[dict],
+    embed: Callable[[list[str]], torch.Tensor] | None,
+    dtype: torch.dtype,
+) -> Found:
+    """A picture (H, W, 3), shown whole in at most `limit` (h, w) px, and the objects that it is asked for (none: all
+    that is there)."""
+    original = image.shape[:2]
+    shown, prompts = fit(original, limit), None
+    if objects:
+        masks = {k: resized_map(m, shown) for k, m in check_place(objects, *original).items()}
+        prompts = pack(objects, masks, original, shown, embed)
+    return decode(model, encode(model, resized(image, shown), dtype), original, shown, prompts, dtype)
+
+
 def to_numpy(found: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return {k: v.cpu().numpy() for k, v in found.items()}
 
@@ -151,3 +188,24 @@ def prompted_result(x: Found, image_id: int | str, objects: list[dict]) -> Resul
         for prompt, code, score in zip(objects, rle_encode(inside), x.iou.float(), strict=True)
     ]
     return Result(entries, None, inside, [x.get("text", str(k)) for k, x in enumerate(objects, start=1)])
+
+
+def segment_picture(
+    task: str,
+    model: FastSAM2,
+    image: np.ndarray,
+    image_id: int | str,
+    objects: list[dict],
+    how: How,
+    embed: Callable[[list[str]], torch.Tensor] | None,
+) -> Result:
+    """A picture (H, W, 3) uint8, and the objects that it is asked for (none: all that is there) -> what was found, in
+    the form of the task. embed: texts -> (n, E), where an object has one."""
+    x, cfg = look(model, image, how.image_size, objects, embed, how.dtype), model.cfg
+    if objects:
+        return prompted_result(x, image_id, objects)
+    if task == "semantic":
+        return semantic_result(x, image_id, cfg, how.categories)
+    if task == "instance":
+        return instance_result(x, image_id, cfg, how.categories, how.top, how.least)
+    return panoptic_result(x, image_id, cfg, how.categories, how.score, how.share)

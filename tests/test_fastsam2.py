@@ -20,8 +20,10 @@ from models.fastsam2 import (
     pool,
     released_prompts,
 )
+from models.fastsam2_options import reconfigured
 from models.lite_dfpn import ModulatedDeformConv
 from models.prompt_fusion import PromptBatch
+from models.streaming_memory import MemoryConfig
 from utils.run import UserError
 
 SMALL = {"classes": ["cat", "sky", "car"], "queries": 5, "dim": 32, "heads": 4, "hidden": 48, "embed_dim": 16}
@@ -342,3 +344,91 @@ def test_wrong_settings_are_named():
             network(**settings)
     with pytest.raises(ValueError, match="neither objects nor prompts"):
         head()(features(1, 32, 4, 4), None, objects=False)
+
+
+# ---- memory
+
+MEMORY = {"dim": 32, "heads": 4, "hidden": 24, "layers": 1, "kept": 2, "recent": 2}
+
+
+def same_state(ours: FastSAM2, theirs: FastSAM2) -> bool:
+    a, b = ours.state_dict(), theirs.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("maps", [0, 1], ids=["tokens", "maps"])
+def test_the_memory_belongs_to_the_checkpoint(tmp_path, maps):
+    model = network(memory=MemoryConfig(**MEMORY, maps=maps))
+    assert {k for k in model.state_dict() if k.startswith("memory.")}
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(model.config_dict()))
+    again = FastSAM2.from_checkpoint(tmp_path)
+    assert again.cfg == model.cfg and again.cfg.memory == MemoryConfig(**MEMORY, maps=maps)
+    assert same_state(again, model) and same_state(reconfigured(model, key_stride=8), model)
+    model.set_vocabulary(["sea"], torch.randn(1, 1, 16), [False])
+    assert model.cfg.memory == again.cfg.memory
+    (tmp_path / "config.json").write_text(json.dumps(network().config_dict()))
+    with pytest.raises(UserError, match=r"unexpected memory\."):
+        FastSAM2.from_checkpoint(tmp_path)
+
+
+def test_a_memory_of_other_sizes_is_refused():
+    for wrong in ({"dim": 64}, {"heads": 8}):
+        with pytest.raises(ValueError, match="expected those of the network, 32 and 4"):
+            network(memory=MemoryConfig(**MEMORY | wrong))
+    assert network().memory is None
+    clip = torch.rand(1, 2, 3, 32, 32)
+    with pytest.raises(ValueError, match="no memory"):
+        network().follow(network().encode(clip), clicks(1))
+    for model in (network(), network(memory=MEMORY)):
+        with pytest.raises(ValueError, match="first are for task 'vos'"):
+            model(clip, clicks(1), first=torch.zeros(1, 1))
+
+
+@torch.no_grad()
+def test_images_and_clips_are_as_without_memory():
+    """To the bit, also in training, where the memory takes part with 0."""
+    images = torch.rand(2, 3, 32, 64)
+    for training in (False, True):
+        plain, other = network().train(training), network(memory=MEMORY).train(training)
+        other.load_state_dict({**other.state_dict(), **plain.state_dict()})
+        for x, prompts in ((images, clicks(2, 1)), (images, None), (images[None], None)):
+            a, b = plain(x, prompts), other(x, prompts)
+            assert all(torch.equal(u, v) for u, v in zip(parts(a, 0, False), parts(b, 0, False), strict=True))
+
+
+@pytest.mark.parametrize("maps", [0, 1], ids=["tokens", "maps"])
+@pytest.mark.parametrize("task", ["panoptic", "interactive", "vis", "vos"])
+@pytest.mark.parametrize("P", [0, 2])
+def test_with_a_memory_no_task_leaves_a_parameter_without_gradient(task, P, maps):
+    """Clips of one frame too, where nothing is remembered, and what is not finite is not carried over."""
+    model = network(memory=MemoryConfig(**MEMORY, maps=maps)).train()
+    with torch.no_grad():
+        model.memory.presence_out.weight.fill_(float("inf") if task in ("panoptic", "vis") else 0.1)
+    for T in (1, 3) if task == "vos" else (2,):
+        images = torch.rand(2, T, 3, 32, 32) if task in ("vis", "vos") else torch.rand(2, 3, 32, 32)
+        prompts = clicks(P, 0) if task in ("interactive", "vos") else None
+        model.zero_grad()
+        out = model(images, prompts, task=task)
+        extra = [out["presence"]] if task == "vos" else []
+        sum(v.float().square().sum() for v in [*parts(out, 0, False), *extra]).backward()
+        assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+        moved = {name for name, p in model.named_parameters() if p.grad.any()}
+        assert ("memory.presence_out.bias" in moved) == (task == "vos" and P > 0)
+
+
+@torch.no_grad()
+def test_following_is_the_memory_step_by_step_from_each_objects_first_frame():
+    model, clip = network(memory=MEMORY), torch.rand(2, 4, 3, 32, 64)
+    prompts, first = clicks(3, 2), torch.tensor([[0, 2, 0], [1, 0, -1]])
+    out = model(clip, prompts, task="vos", first=first)
+    assert [m.shape for m in out["masks"]] == 4 * [(2, 3, 4, 8, 16)] and out["presence"].shape == (2, 3, 4)
+    assert out["iou"][-1].shape == (2, 3, 4, 1) and out["queries"].shape == (2, 3, 4, 32)
+    state = model.memory.start(2, 3)
+    for t in range(4):
+        f = model.encode(clip[:, t])
+        state, found = model.memory.step(
+            state, f, functools.partial(model.decode, objects=False), model.queries(prompts, f), first == t
+        )
+        same([out["masks"][-1][:, :, t]], [found.out["masks"][-1]])
+        assert torch.equal(found.present, out["present"][:, :, t])

@@ -2,7 +2,7 @@
 their way to the network.
 
 An object is a dict of what points at it: points [[x, y, label]] (1 on the object, 0 beside it), box [x0, y0, x1, y1]
-(first and last pixel), mask (path of a PNG), text. Coordinates are px of the picture, pixel centres whole.
+(first and last pixel), mask (path of a PNG, or (H, W) bool), text. Coordinates are px of the picture, centres whole.
 
 Shapes: Q objects, n clicks of the most clicked one, H W picture, h w the picture as the network is shown it, E width of
 text embeddings.
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from utils.run import UserError
 from utils.segmentation_files import need, read_json, read_png
@@ -48,6 +49,15 @@ def data_of(config: dict, ckpt: Path | str, K: int, image_size: list[int] | None
     return ids, tuple(size)
 
 
+def check_free(out: Path, names: Sequence[str]) -> None:
+    """UserError unless `out` is a folder, or can be one, that holds none of these files."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; give the name of a folder")
+    for name in names:
+        if (out / name).exists():
+            raise UserError(f"--out {out}: holds {name} already; choose a new folder or delete it")
+
+
 # ---- prompts
 
 
@@ -65,11 +75,19 @@ def coordinates(kind: str, value: str) -> list[float]:
 
 def read_objects(prompts: Sequence[tuple[str, str]]) -> list[dict]:
     """(flag, value) in the order they were given -> objects. A second box, mask or text begins another object, and so
-    does the flag "object". UserError for what is no prompt, or an object that only clicks beside it describe."""
+    do the flags "object" and "at", whose value, a frame, is kept as `at` of all that follow. UserError for what is no
+    prompt, or an object that only clicks beside it describe."""
     objects: list[dict] = [{}]
+    frame: dict[str, int] = {}
     for kind, value in prompts:
-        if kind == "object" or kind in objects[-1]:
-            objects.append({})
+        if kind in ("object", "at") or kind in objects[-1]:
+            objects.append({**frame})
+        if kind == "at":
+            if not value.isdigit():
+                raise UserError(f"--at {value}: is not a frame; expected a whole number from 0 up")
+            frame = {"at": int(value)}
+            objects[-1] |= frame
+            continue
         if kind == "text" and not value.strip():
             raise UserError("--text: is empty; say what to look for")
         if kind == "point":
@@ -81,11 +99,34 @@ def read_objects(prompts: Sequence[tuple[str, str]]) -> list[dict]:
             objects[-1].setdefault("points", []).append([x, y, int(label[0]) if label else 1])
         elif kind != "object":
             objects[-1][kind] = coordinates(kind, value) if kind == "box" else value
-    objects = [x for x in objects if x]
+    objects = [x for x in objects if x.keys() - {"at"}]
     for k, x in enumerate(objects, start=1):
-        if x.keys() == {"points"} and not any(label for *_, label in x["points"]):
+        if x.keys() - {"at"} == {"points"} and not any(label for *_, label in x["points"]):
             raise UserError(f"object {k}: has clicks beside it only; click on it, or give a --box, --mask or --text")
     return objects
+
+
+def check_only(args, **only: Sequence[str]) -> None:
+    """UserError for a flag that is given, but not for its tasks: check_only(args, refs=("referring",))."""
+    for name, tasks in only.items():
+        if getattr(args, name) not in (None, False) and args.task not in tasks:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag}: is for --task {' and '.join(tasks)}, not {args.task}; leave it out")
+
+
+def check_prompts(task: str, objects: list[dict], elsewhere: bool, prompted: Sequence[str]) -> None:
+    """UserError unless tasks of `prompted`, and only they, have prompts: objects, or refs or masks elsewhere."""
+    if bool(objects or elsewhere) != (task in prompted):
+        hint = "needs a prompt: --text or --refs, or where it is interactive --point, --box, --mask or --text"
+        hint = "needs an object to follow: --masks, or --point, --box, --mask or --text" if task == "vos" else hint
+        raise UserError(f"--task {task}: {hint if task in prompted else 'takes no prompt; leave it out'}")
+    if task == "referring" and any(x.keys() != {"text"} for x in objects):
+        raise UserError("--task referring: takes --text only; use --task interactive to point at objects as well")
+    if task != "vos" and any("at" in x for x in objects):
+        raise UserError("--at: is for --task vos, where objects may be pointed at on any frame; leave it out")
+    if objects and elsewhere:
+        where = "--masks" if task == "vos" else "--refs"
+        raise UserError(f"{where}: is without other prompts; leave one of them out")
 
 
 def read_refs(path: str, split: str | None, images: set) -> dict[int, list[dict]]:
@@ -123,12 +164,35 @@ def check_place(objects: list[dict], H: int, W: int) -> dict[int, np.ndarray]:
                     f"--box {given}: lies {size}, or ends before it begins; expected x0 <= x1, y0 <= y1 in it"
                 )
         if "mask" in x:
-            values = read_png(x["mask"])
+            is_array = isinstance(x["mask"], np.ndarray)
+            values, where = (x["mask"], "the mask") if is_array else (read_png(x["mask"]), f"--mask {x['mask']}")
             masks[k] = values[..., :3].any(2) if values.ndim == 3 else values > 0
             if masks[k].shape != (H, W) or not masks[k].any():
                 about = "x".join(map(str, masks[k].shape[::-1])) + (" px" if masks[k].any() else " px, all 0")
-                raise UserError(f"--mask {x['mask']}: is {about}; expected {W}x{H} px (W x H) with the object not 0")
+                raise UserError(f"{where}: is {about}; expected {W}x{H} px (W x H) with the object not 0")
     return masks
+
+
+def fit(size: tuple[int, int], limit: tuple[int, int]) -> tuple[int, int]:
+    """(H, W) of a picture -> (h, w) of the largest in the same shape that fits into `limit`."""
+    scale = min(limit[0] / size[0], limit[1] / size[1])
+    return tuple(min(max(1, round(n * scale)), m) for n, m in zip(size, limit, strict=True))
+
+
+def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (H, W, 3) -> (h, w, 3) of size (h, w), bilinear; untouched where the size stays."""
+    if image.shape[:2] == tuple(size):
+        return image
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def resized_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) of any type -> (h, w) of size (h, w): the value under the centre of each pixel."""
+    rows, columns = (
+        np.minimum(((np.arange(n) + 0.5) * N / n).astype(np.int64), N - 1)
+        for N, n in zip(values.shape, size, strict=True)
+    )
+    return values[rows[:, None], columns]
 
 
 def scale_points(points_px: np.ndarray, given: tuple[int, int], shown: tuple[int, int]) -> np.ndarray:

@@ -4,6 +4,9 @@ Shapes: n points, N masks, H W image. Points are x y in px, pixel centres whole.
 id = R + 256 G + 65536 B, 0 void, and segments_info), semantic PNG (the category id of each pixel, 8 or 16 bits).
 """
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +22,26 @@ ON, BESIDE = (90, 230, 130), (255, 92, 92)  # colours of clicks
 # ---- files
 
 
+@contextmanager
+def results_into(out: Path) -> Iterator[Path]:
+    """A folder whose files and folders go to `out` when all are written, and nowhere when they are not."""
+    staging, existed = out / ".tmp-infer", out.exists()
+    try:
+        shutil.rmtree(staging, ignore_errors=True)  # of a killed run
+        staging.mkdir(parents=True)
+        yield staging
+        for file in sorted(staging.iterdir()):
+            file.replace(out / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not existed and out.exists() and not any(out.iterdir()):
+            out.rmdir()
+
+
 def save_picture(path: Path, pixels: np.ndarray) -> None:
-    """(H, W) uint8 or uint16, or (H, W, 3) uint8 -> a PNG. OSError names the path."""
+    """(H, W) uint8 or uint16, or (H, W, 3) uint8 -> a PNG, in a folder that is made. OSError names the path."""
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path, format="png")
 
 
@@ -69,11 +89,13 @@ def with_categories(entries: list[dict], names: list[str], categories: list[int]
 # ---- pictures
 
 
-def draw_masks(image: np.ndarray, masks: np.ndarray, names: list[str]) -> np.ndarray:
-    """Tint each of masks (N, H, W) bool, in order, and write its name at its deepest point; empty ones are not drawn."""
-    for k, mask in enumerate(masks):
+def draw_masks(image: np.ndarray, masks: np.ndarray, names: list[str], colours: list[int] | None = None) -> np.ndarray:
+    """Tint each of masks (N, H, W) bool, in order, and write its name at its deepest point; empty ones are not drawn.
+    colours: number of each one's colour, None: 0, 1, ..."""
+    colours = colours or range(len(masks))
+    for k, mask in zip(colours, masks, strict=True):
         image = overlay.mask(image, mask, overlay.colour(k))
-    for k, (mask, name) in enumerate(zip(masks, names, strict=True)):
+    for k, mask, name in zip(colours, masks, names, strict=True):
         if name and mask.any():
             image = overlay.text(image, deepest(mask)[1], name, overlay.colour(k), anchor="mm")
     return image
