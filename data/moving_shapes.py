@@ -23,6 +23,7 @@ COLOURS = {"red": (214, 40, 40), "green": (20, 220, 90), "blue": (40, 60, 220), 
 COLOURS |= {"white": (250, 250, 250), "black": (15, 15, 15)}
 FIRST_GROUND, CROWD, THING = 1, 3, 4  # ids: two grounds, the crowd, then the things; 0 is void
 BAR = 0.35  # half thickness of a bar / its half length
+WAIT = 0.35  # share of a clip that a thing spends behind another, so clips of 3 or more frames show nothing of it
 CLEAR = 0.12  # of S: how far one must be from the next to be called "left"
 LEAST = 12  # px that an object must show to be spoken of
 LARGER = 1.4  # times the area of the next to be called "largest"
@@ -79,12 +80,14 @@ def path(how: str, r: float, T: int, S: int, rng: np.random.Generator) -> np.nda
 
 
 def hidden_pair(T: int, S: int, rng: np.random.Generator) -> list[Shape]:
-    """A small thing that runs behind a resting bar, which hides all of it in the middle of the clip."""
+    """A small thing that runs behind a resting bar, waits there, wholly hidden, in the middle of the clip, and runs on."""
     small = rng.uniform(0.06, 0.08) * S
     half = 1.35 * small / BAR  # so thick that the small thing fits behind it
     centre = rng.uniform(0.4, 0.6, 2) * S
     reach = max(S - centre[0], centre[0]) - 1.3 * small
-    x = centre[0] + np.linspace(-1, 1, T) * reach * rng.choice([-1, 1])
+    time = np.linspace(-1, 1, T)
+    way = np.sign(time) * np.clip(abs(time) - WAIT, 0, None) / (1 - WAIT)  # -1..1
+    x = centre[0] + way * reach * rng.choice([-1, 1])
     runner = np.stack([np.clip(x, 1.1 * small, S - 1.1 * small), np.full(T, centre[1])], 1)
     kind, colours = SHAPES[rng.integers(3)], rng.permutation(list(COLOURS))[:2]
     upright = np.full(T, np.pi / 2)

@@ -13,8 +13,9 @@ batches are dicts. Of an item; clips have T frames where `[T]` stands:
     ignore        ([T], H, W) bool: void or crowd, so neither target nor background
     original      (2,) long, height and width of the file in px; shape: (2,) long, those of the shown part
     text          list of Q sentences; only of task referring
+    first         (Q,) long, frame that the prompt of a target is about; only of task vos
     points        (Q, 2, 2) float32, x y in px, pixel centres whole: a click on the target, one beside it; only of tasks
-                  with prompts, interactive and vos, where prompts are about the first frame
+                  with prompts, interactive and vos
     point_labels  (Q, 2) long: 1 on the target, 0 beside it, -1 no click
     boxes         (Q, 4) float32, x0 y0 x1 y1 in px, first and last pixel; has_box: (Q,) bool
     mask_prompts  (Q, H, W) bool; has_mask: (Q,) bool
@@ -24,7 +25,8 @@ padded right and below with the mean colour, masks and ignore with False; `valid
 
 panoptic: things and stuff. instance: things. semantic: one mask per class, crowds too. interactive: any segments, class
 dropped, with prompts. referring: objects with a sentence, class dropped. vis, vps: instance and panoptic of clips. vos:
-things of the first frame with prompts, class dropped. A crowd is a target of semantic only; void is no target.
+things of the first frame, or of later ones too, with prompts on the frame where each is first large enough, class
+dropped. A crowd is a target of semantic only; void is no target.
 """
 
 from collections.abc import Sequence
@@ -88,11 +90,11 @@ class View:
 def training_view(
     task: str, height: int, width: int, flip: float = 0.5, scale: tuple[float, float] | None = None
 ) -> View:
-    """How training shows pictures: resized by a factor in `scale`, None: 0.8 to 2, prompted ones 0.1 to 2 (RAP-SAM),
-    cut to height x width; pictures that sentences are about whole and never mirrored."""
+    """How training shows pictures: resized by a factor in `scale`, None: 0.8 to 2, of task interactive 0.1 to 2 (RAP-
+    SAM), cut to height x width; pictures that sentences are about whole and never mirrored."""
     if task == "referring":
         return View(height, width)
-    return View(height, width, tuple(scale or (0.1 if task in PROMPTED else 0.8, 2.0)), flip)
+    return View(height, width, tuple(scale or (0.1 if task == "interactive" else 0.8, 2.0)), flip)
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,9 @@ class Prompts:
     """What points at a segment.
 
     number: prompts per picture, segments repeat when there are fewer, but not in vos (0: every segment once). kinds:
-    share of each kind, parts joined by "+", as {"point": 0.5, "point+box": 0.5}. least: segments of fewer px (of the
-    first frame) are left out. jitter: corners of a box move by up to this share of its sides. coarse: mask prompts are
-    made of squares of so many px (1: exact).
+    share of each kind, parts joined by "+", as {"point": 0.5, "point+box": 0.5}. least: segments of fewer px are left
+    out. jitter: corners of a box move by up to this share of its sides. coarse: mask prompts are made of squares of so
+    many px (1: exact). late: of vos also what enters after the first frame and before the last.
     """
 
     number: int = 30
@@ -160,6 +162,7 @@ class Prompts:
     least: int = 32
     jitter: float = 0.0
     coarse: int = 1
+    late: bool = False
 
     def __post_init__(self):
         parts = {part for kind in self.kinds for part in kind.split("+")}
@@ -222,6 +225,11 @@ def pixels(masks: np.ndarray) -> np.ndarray:
     return masks.sum(tuple(range(1, masks.ndim)))
 
 
+def large_enough(masks: np.ndarray, least: int) -> np.ndarray:
+    """On which frames tubes (N, T, H, W) have at least so many px -> (N, T) bool."""
+    return masks.sum((2, 3)) >= least
+
+
 def choose(scene: Scene, masks: np.ndarray, task: str, is_thing: np.ndarray, prompts: Prompts, rng) -> np.ndarray:
     """Indices (Q,) of the segments that are targets of a task, prompted ones drawn; masks (N, [T], h, w) as shown.
 
@@ -234,8 +242,9 @@ def choose(scene: Scene, masks: np.ndarray, task: str, is_thing: np.ndarray, pro
         keep &= np.array([len(said) > 0 for said in scene.text], bool)
     if task not in PROMPTED:
         return np.flatnonzero(keep)
-    first = masks[:, 0] if task in CLIP_TASKS else masks
-    found = np.flatnonzero(keep & (pixels(first) >= prompts.least))
+    large = large_enough(masks if task == "vos" else masks[:, None], prompts.least)  # (N, T or 1)
+    until = max(1, large.shape[1] - 1) if prompts.late else 1
+    found = np.flatnonzero(keep & large[:, :until].any(1))
     if prompts.number == 0 or not len(found):
         return found
     number = min(prompts.number, len(found)) if task == "vos" else prompts.number
@@ -278,8 +287,11 @@ class SegmentItems(Dataset):
         item = {
             k: torch.from_numpy(np.ascontiguousarray(v)) if isinstance(v, np.ndarray) else v for k, v in item.items()
         }
+        if self.task == "vos":
+            first = large_enough(masks, self.prompts.least).argmax(1)  # (Q,)
+            masks, item["first"] = masks[np.arange(len(masks)), first], torch.from_numpy(first)
         if self.task in PROMPTED:
-            item |= draw_prompts(masks[:, 0] if self.task in CLIP_TASKS else masks, self.prompts, rng)
+            item |= draw_prompts(masks, self.prompts, rng)
         return item | ({"text": text} if self.task == "referring" else {})
 
     def targets(self, scene: Scene, window: Window, rng: np.random.Generator) -> tuple:

@@ -43,17 +43,21 @@ class TaskMixture(Dataset):
 class MixtureBatches:
     """Batch sampler: lists of (name, epoch, index) for this rank's micro-batches of the steps [start, stop).
 
-    sizes: items of each data set; shares: how often each is drawn, any positive scale. same: all slots of a step have
-    one data set. ValueError for names that differ, an empty set, a share that is not positive.
+    sizes: items of each data set; shares: how often each is drawn, any positive scale. batch_size: items of a
+    micro-batch, one number or one for each data set. same: all slots of a step have one data set. ValueError for names
+    that differ, an empty set, a share that is not positive, a batch of nothing.
     """
 
-    def __init__(self, sizes: dict[str, int], shares: dict[str, float], batch_size: int, start: int, stop: int,
-                 seed: int, rank=0, world=1, accum=1, same=True):  # fmt: skip
-        if sizes.keys() != shares.keys() or not sizes or min(sizes.values()) < 1 or min(shares.values()) <= 0:
-            raise ValueError(f"MixtureBatches: sizes {sizes}, shares {shares}; expected the same names, all above 0")
+    def __init__(self, sizes: dict[str, int], shares: dict[str, float], batch_size: int | dict[str, int],
+                 start: int, stop: int, seed: int, rank=0, world=1, accum=1, same=True):  # fmt: skip
+        batch_sizes = batch_size if isinstance(batch_size, dict) else dict.fromkeys(sizes, batch_size)
+        tables = (sizes, shares, batch_sizes)
+        if not sizes or any(t.keys() != sizes.keys() or min(t.values()) <= 0 for t in tables):
+            raise ValueError(f"MixtureBatches: sizes {sizes}, shares {shares}, batch size {batch_size}; expected the same "
+                             "names, all above 0")  # fmt: skip
         self.names, self.sizes = list(sizes), sizes
         self.edges = np.cumsum([shares[name] for name in self.names]) / sum(shares.values())  # the last is 1
-        self.batch_size, self.start, self.stop, self.seed, self.same = batch_size, start, stop, seed, same
+        self.batch_sizes, self.start, self.stop, self.seed, self.same = batch_sizes, start, stop, seed, same
         self.rank, self.world, self.accum = rank, world, accum
         self.orders: dict[str, tuple[int, np.ndarray]] = {}  # name -> epoch and its order, the latest
 
@@ -93,5 +97,6 @@ class MixtureBatches:
             taken += np.bincount(row, minlength=len(kinds))
             for a in range(self.accum if step >= self.start else 0):
                 slot = a * self.world + self.rank
-                first = int(before[slot, row[slot]]) * self.batch_size
-                yield [self.item(self.names[row[slot]], p) for p in range(first, first + self.batch_size)]
+                name = self.names[row[slot]]
+                first = int(before[slot, row[slot]]) * self.batch_sizes[name]
+                yield [self.item(name, p) for p in range(first, first + self.batch_sizes[name])]

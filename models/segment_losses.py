@@ -1,17 +1,19 @@
-"""The losses of FastSAM2: learned queries matched to objects, prompt queries one to one, at every stage and adaptor.
+"""The losses of FastSAM2: learned queries matched to objects, prompt queries one to one, at every stage and adaptor,
+objects followed through clips also in every frame.
 
 Shapes: B images or clips, T frames, N object queries, P prompts, K classes, M or Q targets of one image, h w grid of
 the masks, H W image as padded in the batch (4h x 4w, or less: the rest is padding of the network). Targets are the
 fields of a batch: `masks`, B lists of bool (M, [T], H, W); `labels`, B of (M,) int64, -1 unknown; `ignore`
-(B, [T], H, W) bool, neither object nor background. Computed in float32 whatever autocast says; no target: no NaN.
-Sources: Cheng et al., Mask2Former, CVPR 2022; Xu et al., RAP-SAM, ICLR 2025 (weights, prompts); Tarvainen & Valpola,
-Mean teachers, NeurIPS 2017 (distillation from averaged weights).
+(B, [T], H, W) bool, neither object nor background; `first`, of vos, B of (Q,) int64, the frames of the prompts. Computed in float32 whatever autocast says; no target: no NaN.
+Sources: Cheng et al., Mask2Former, CVPR 2022; Xu et al., RAP-SAM, ICLR 2025 (weights, prompts); Ravi et al., SAM 2,
+arXiv 2408.00714 (presence); Tarvainen & Valpola, Mean teachers, NeurIPS 2017 (distillation from averaged weights).
 """
 
 import torch
 import torch.nn.functional as F
 
 from models.mask_losses import (
+    RIGHT,
     WEIGHTS,
     bce_loss,
     class_loss,
@@ -29,6 +31,7 @@ from models.prompt_fusion import OBJECT_TASKS, STRIDE
 POINTS = 12544  # 112 x 112, where masks are compared
 PAIRS = {"mask": bce_loss, "dice": dice_loss}
 TEMPERATURE = 2.0  # at which the classes of teacher and student are compared
+PRESENCE = 1.0  # weight of the presence loss
 
 
 def count_masks(batch: dict) -> float:
@@ -45,7 +48,8 @@ def segment_losses(
     generator: torch.Generator | None = None,
 ) -> dict[str, torch.Tensor]:
     """Output of FastSAM2 for a batch of one task -> weighted sums over stages and adaptors, scalars: loss, their sum,
-    and class, mask, dice of object tasks; mask, dice, iou of prompt tasks. Logs may look at any; `loss` is trained.
+    and class, mask, dice of object tasks; mask, dice, iou of prompt tasks, with presence where the output has it
+    (FastSAM2.follow). Logs may look at any; `loss` is trained.
 
     batch: task, masks, labels, ignore, on the output's device. num_masks: see count_masks; None: this batch alone.
     """
@@ -53,6 +57,8 @@ def segment_losses(
     targets |= {"weights": weights, "generator": generator}
     if batch["task"] in OBJECT_TASKS:
         losses = object_losses(out, labels=batch["labels"], **targets)
+    elif "presence" in out:
+        losses = follow_losses(out, first=batch["first"], **targets)
     else:
         losses = prompt_losses(out, **targets)
     return {"loss": sum(losses.values()) + untouched(out), **losses}
@@ -111,6 +117,39 @@ def prompt_losses(
     return total
 
 
+def follow_losses(
+    out: dict, masks, ignore, first, num_masks=None, points=POINTS, weights=WEIGHTS, generator=None
+) -> dict[str, torch.Tensor]:
+    """Objects followed through clips, out as of FastSAM2.follow: masks (B, P, T, h, w), iou (B, P, T, 1), presence
+    (B, P, T) -> weighted mask, dice, iou, presence, summed over the outputs and averaged over objects and frames.
+
+    Object i of a clip is target i (Q, T, H, W), from its frame first on. In the frames that show it its mask and the
+    IoU of it are learned, as of a picture; in all after the first one whether they do (binary cross-entropy).
+    """
+    T, n = ignore.shape[1], torch.as_tensor(sum(len(m) for m in masks) if num_masks is None else num_masks).clamp_min(1)
+    clip = torch.cat([torch.full((len(m),), b) for b, m in enumerate(masks)]).to(ignore.device)  # of each object
+    place = torch.cat([torch.arange(len(m)) for m in masks]).to(ignore.device)
+    masks = torch.cat([fitted(m, out["masks"][0]) for m in masks])  # (O, T, H, W), O objects of all clips
+    ignore, since = fitted(ignore, out["masks"][0]), torch.arange(T, device=ignore.device) - torch.cat(first)[:, None]
+    shown = masks.flatten(2).any(2)  # (O, T)
+    o, t = (shown & (since >= 0)).nonzero(as_tuple=True)  # R frames that show an object
+    b, p, targets, unknown = clip[o], place[o], masks[o, t], ignore[clip[o], t]
+    total = {"mask": 0.0, "dice": 0.0, "iou": 0.0}
+    for found, quality in zip(out["masks"], out["iou"], strict=True):
+        found = found[b, p, t]  # (R, h, w)
+        xy_01 = uncertain_points(found, points, generator=generator)
+        left_out = sample_points(unknown, xy_01) > 0.5
+        ours = sample_points(found, xy_01).masked_fill(left_out, RIGHT)
+        theirs = sample_points(targets, xy_01).masked_fill(left_out, 0.0)
+        for name, loss in PAIRS.items():
+            total[name] = total[name] + weights[name] * mean_over(loss(ours, theirs), n * T)
+        reached = iou_at(found, targets, unknown)
+        total["iou"] = total["iou"] + weights["iou"] * mean_over(iou_loss(quality[b, p, t, 0], reached), n * T)
+    said = out["presence"][clip, place].float()  # (O, T)
+    wrong = F.binary_cross_entropy_with_logits(said, shown.float(), reduction="none") * (since > 0)
+    return total | {"presence": PRESENCE * mean_over(wrong.flatten(), n * max(1, T - 1))}
+
+
 def distill_losses(
     out: dict,
     teacher: dict,
@@ -163,7 +202,8 @@ def fitted(targets: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def iou_at(masks: torch.Tensor, targets: torch.Tensor, ignore: torch.Tensor) -> torch.Tensor:
-    """IoU at image size: logits (Q, [T], h, w), targets (Q, [T], H, W), ignored pixels ([T], H, W) left out -> (Q,)."""
+    """IoU at image size: logits (Q, [T], h, w), targets (Q, [T], H, W), ignored pixels ([T], H, W), or those of each,
+    left out -> (Q,)."""
     H, W = targets.shape[-2:]
     frames = masks.detach().float().reshape(1, -1, *masks.shape[-2:])  # (1, Q T, h, w)
     if not frames.numel():

@@ -233,9 +233,31 @@ def test_clips():
     x = item("vos", source=Blocks(frames=3), prompts=Prompts(number=5, kinds={"mask": 1.0}))
     assert sorted(x["ids"].tolist()) == [1000, 70000]  # things, none twice
     assert x["mask_prompts"].shape == (2, H, W) and torch.equal(x["mask_prompts"], x["masks"][:, 0])
+    assert x["first"].tolist() == [0, 0]
     batch = SegmentCollate(multiple=32)([item("vps", source=Blocks(frames=3))] * 2)
     assert batch["image"].shape == (2, 3, 3, 64, 64) and batch["masks"][1].shape == (3, 3, 64, 64)
     assert batch["ignore"].shape == (2, 3, 64, 64) and batch["valid"].shape == (2, 64, 64)
+
+
+def test_objects_that_enter_later():
+    """With late they are pointed at where they are first large enough, but not on the last frame."""
+    source = Blocks(frames=4)
+    scene = source.scene(0, 0)
+    scene.masks = np.stack([scene.masks == i for i in scene.ids])
+    scene.masks[1, :2] = False  # a car that enters on frame 2, of which 20 px are seen on frame 1
+    scene.masks[1, 1, :2, 12:22] = True
+    scene.masks[2, :3] = False  # and one that enters on the last
+    source.scene = lambda epoch, index: scene
+    kinds = {"kinds": {"point+box+mask": 1.0}, "least": 32}
+    assert item("vos", source=source, prompts=Prompts(**kinds))["ids"].tolist() == []
+    x = item("vos", source=source, prompts=Prompts(**kinds, late=True))
+    assert x["ids"].tolist() == [1000] and x["first"].tolist() == [2]
+    assert torch.equal(x["mask_prompts"][0], x["masks"][0, 2]) and x["boxes"][0].tolist() == [12, 0, 23, H - 1]
+    (px, py), _ = x["points"][0].long()
+    assert x["masks"][0, 2, py, px]
+    assert item("vos", source=source, prompts=Prompts(**kinds | {"least": 20}, late=True))["first"].tolist() == [1]
+    batch = SegmentCollate()([x, item("vos", source=source, prompts=Prompts(**kinds))])
+    assert [f.tolist() for f in batch["first"]] == [[2], []]
 
 
 def test_batch():

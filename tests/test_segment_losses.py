@@ -7,6 +7,8 @@ from models.fastsam2 import FastSAM2, FastSAM2Config
 from models.mask_losses import mask_losses
 from models.prompt_fusion import PromptBatch
 from models.segment_losses import count_masks, iou_at, prompt_losses, segment_losses, untouched
+from models.segment_training import batch_losses
+from models.streaming_memory import MemoryConfig
 
 K, H, W = 3, 32, 64
 SMALL = {"classes": ["cat", "sky", "car"], "queries": 6, "dim": 32, "heads": 4, "hidden": 48, "embed_dim": 16}
@@ -192,3 +194,109 @@ def test_mask_losses_at_ignored_points():
     ignore = torch.ones(8, 8, dtype=torch.bool)
     bce, _ = mask_losses(masks, target, ignore=ignore)
     assert bce < 0.1 and mask_losses(masks, target)[0] > 4  # not 0: half a pixel around the image is not ignored
+
+
+# ---- objects followed through clips
+
+
+def followed(masks: list[torch.Tensor], P: int, stages: int = 2) -> dict:
+    """What a network with a memory would say that knew everything, of P prompts: tubes, their quality, presence."""
+    B, T = len(masks), masks[0].shape[1]
+    found, presence = torch.full((B, P, T, H // 4, W // 4), -30.0), torch.full((B, P, T), -30.0)
+    for b, target in enumerate(masks):
+        found[b, : len(target)] = 60 * target[..., ::4, ::4].float() - 30
+        presence[b, : len(target)] = 60 * target.flatten(2).any(2).float() - 30
+    out = {"classes": torch.zeros(B, P, T, K + 1), "masks": found, "iou": torch.ones(B, P, T, 1)}
+    out = {k: [v.clone().requires_grad_() for _ in range(stages)] for k, v in out.items()}
+    return out | {"presence": presence.requires_grad_()}
+
+
+def clip_batch(masks: list[torch.Tensor], first: list[list[int]]) -> dict:
+    return batch_of("vos", masks) | {"first": [torch.tensor(f, dtype=torch.long) for f in first]}
+
+
+def test_objects_are_learned_where_they_are_seen_and_their_presence_everywhere_after_the_first_frame():
+    tubes = squares(0, 16, frames=4)
+    tubes[0, 2] = False  # hidden
+    tubes[1, :1] = False  # enters on frame 1
+    out, batch = followed([tubes], 3), clip_batch([tubes], [[0, 1]])
+    losses = segment_losses(out, batch)
+    assert set(losses) == {"loss", "mask", "dice", "iou", "presence"}
+    assert losses["mask"] < 5 and losses["dice"] < 5 and losses["iou"] < 3 and losses["presence"] < 1e-6
+    losses["loss"].backward()
+    moved = out["masks"][0].grad[0].flatten(2).any(2)
+    assert moved.tolist() == [[True, True, False, True], [False, True, True, True], [False] * 4]
+    assert out["iou"][0].grad[0, :, :, 0].bool().tolist() == moved.tolist()
+    wrong = followed([tubes], 3)
+    with torch.no_grad():
+        wrong["presence"].neg_()
+    loss = segment_losses(wrong, batch)["presence"]
+    assert loss.item() == pytest.approx(30 * 5 / (2 * 3)), (
+        "5 of the 8 frames lie after the first ones; 2 objects, 3 steps"
+    )
+    loss.backward()
+    assert wrong["presence"].grad[0].bool().tolist() == [
+        [False, True, True, True],
+        [False, False, True, True],
+        [False] * 4,
+    ]
+
+
+def test_a_clip_of_equal_frames_costs_as_much_as_its_frame():
+    masks = [squares(0, 16), squares(8)]
+    clips = [m[:, None].expand(-1, 3, -1, -1) for m in masks]
+    torch.manual_seed(0)
+    out = {k: v for k, v in followed(clips, 2).items() if k != "classes"}
+    noise = 9 * torch.randn(2, 2, 1, H // 4, W // 4)
+    out["masks"], out["iou"] = [m.detach() / 10 + noise for m in out["masks"]], [q.detach() - 0.5 for q in out["iou"]]
+    whole = segment_losses(out | {"classes": []}, clip_batch(clips, [[0, 0], [0]]), points=50_000)
+    frame = {"classes": [], "masks": [m[:, :, 0] for m in out["masks"]], "iou": [q[:, :, 0] for q in out["iou"]]}
+    alone = segment_losses(frame, batch_of("interactive", masks), points=50_000)
+    for name in ("mask", "dice", "iou"):
+        torch.testing.assert_close(whole[name], alone[name], rtol=0.02, atol=0)
+
+
+def test_followed_objects_at_ignored_pixels():
+    tubes = squares(0, frames=2)
+    out, batch = followed([tubes], 1), clip_batch([tubes], [[0]])
+    with torch.no_grad():
+        for m in out["masks"]:
+            m[..., 8:] = 30  # also claims the right half
+    claimed = segment_losses(out, batch)
+    batch["ignore"][:, 1, :, 28:] = True
+    half = segment_losses(out, batch)
+    batch["ignore"][..., 28:] = True
+    assert claimed["mask"] > 20 and segment_losses(out, batch)["mask"] < 5
+    assert half["mask"].item() == pytest.approx(claimed["mask"].item() / 2, rel=0.15), "each frame has its own"
+
+
+def test_followed_objects_of_two_ranks_make_one():
+    masks = [squares(0, 8, 16, frames=3), squares(4, frames=3)]
+    masks[0][1, 2] = False
+    torch.manual_seed(0)
+    out = followed(masks, 3)
+    out = {k: [x.detach() + torch.randn_like(x) for x in v] if isinstance(v, list) else v.detach() / 30
+           for k, v in out.items()}  # fmt: skip
+    together = segment_losses(out, clip_batch(masks, [[0, 1, 0], [0]]), points=100_000)
+    halves = [
+        segment_losses({k: [x[b : b + 1] for x in v] if isinstance(v, list) else v[b : b + 1] for k, v in out.items()},
+                       clip_batch(masks[b : b + 1], [[[0, 1, 0], [0]][b]]), 2.0, points=100_000) for b in (0, 1)
+    ]  # fmt: skip
+    for name, rtol in (("mask", 0.02), ("dice", 0.02), ("iou", 1e-5), ("presence", 1e-5)):
+        torch.testing.assert_close((halves[0][name] + halves[1][name]) / 2, together[name], rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("objects", [(2, 1), (1, 0), (0, 0)], ids=str)
+def test_following_leaves_no_parameter_without_gradient_and_nothing_is_nan(objects):
+    torch.manual_seed(0)
+    memory = MemoryConfig(dim=32, heads=4, hidden=48, maps=1)
+    model = FastSAM2(FastSAM2Config(**SMALL, backbone="resnet18", memory=memory)).train()
+    masks = [squares(*range(0, 8 * n, 8), frames=3) for n in objects]
+    with torch.no_grad():
+        model.memory.presence_out.weight.normal_(std=0.1)  # at first it is 0: nothing behind it would move
+    batch = clip_batch(masks, [[0] * n for n in objects]) | {"image": torch.rand(2, 3, 3, H, W)}
+    losses, _ = batch_losses(model, batch, prompts_of(masks), None, torch.bfloat16, 64, memory=True)
+    assert all(v.isfinite() and v.dtype == torch.float32 for v in losses.values())
+    losses["loss"].backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert any(p.grad.any() for p in model.memory.judge.parameters()) == any(objects)

@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.moving_shapes import CLASSES
-from models.fastsam2 import FastSAM2
+from data.moving_shapes import CLASSES, MovingShapes
+from data.segment_batch import Prompts, SegmentCollate, SegmentItems, View
+from models.fastsam2 import FastSAM2, FastSAM2Config
+from models.segment_training import add_clicks
 from utils import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,8 +104,7 @@ def test_resume_is_exact(tmp_path, more):
 def test_init_takes_weights_and_keeps_the_classes_of_the_data(tmp_path, monkeypatch):
     """And a run that was killed before its first checkpoint begins anew with --resume auto."""
     first = train(tmp_path / "first", steps=1, val_items=1, tasks=["panoptic"])
-    module = script("train/train_fastsam2.py")
-    monkeypatch.setattr(module.MovingShapes, "classes", [f"new {name}" for name in CLASSES])
+    monkeypatch.setattr(MovingShapes, "classes", [f"new {name}" for name in CLASSES])
     out = tmp_path / "second"
     out.mkdir()
     (out / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -117,15 +118,11 @@ def test_init_takes_weights_and_keeps_the_classes_of_the_data(tmp_path, monkeypa
 
 
 def test_clicks_go_where_the_mask_is_wrong():
-    module = script("train/train_fastsam2.py")
-    args = module.parse_args(flags(Path("x")))
-    r = type("R", (), {"device": torch.device("cpu"), "dtype": torch.float32})()
-    source = module.MovingShapes(8, 0, 64)
-    items = module.SegmentItems(source, "interactive", module.View(64, 64), module.Prompts(number=4), 0)
-    batch = module.SegmentCollate()([items[i] for i in range(2)])
+    items = SegmentItems(MovingShapes(8, 0, 64), "interactive", View(64, 64), Prompts(number=4), 0)
+    batch = SegmentCollate()([items[i] for i in range(2)])
     torch.manual_seed(0)
-    model = module.FastSAM2(module.FastSAM2Config(backbone="resnet18", dim=16, queries=4, hidden=32, embed_dim=8))
-    more = module.add_clicks(model.train(), batch, 2, args, r)
+    model = FastSAM2(FastSAM2Config(backbone="resnet18", dim=16, queries=4, hidden=32, embed_dim=8))
+    more = add_clicks(model.train(), batch, 2, torch.float32)
     assert model.training and batch["points"][0].shape[1] == 2, "the batch itself stays as it was"
     for b, target in enumerate(batch["masks"]):
         assert more["points"][b].shape == (len(target), 4, 2)
@@ -151,7 +148,7 @@ def test_two_ranks_are_one_process_with_accum(tmp_path, own):
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys):
     cases = [
         ({"data": ["panoptic=no.json", "sa1b=nowhere", "coco"]}, "3 of 3 cannot be used"),
-        ({"data": ["shapes=x"]}, "expected shapes, or FORMAT=PATH"),
+        ({"data": ["shapes=x"]}, "expected shapes, shape-clips, or FORMAT=PATH"),
         ({"share": ["panoptic"]}, "--share panoptic"),
         ({"share": ["panoptic=0"]}, "--share panoptic=0"),
         ({"size": "32"}, "--size 32"),

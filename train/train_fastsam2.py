@@ -1,15 +1,20 @@
-"""Train FastSAM2 on several image tasks at once: panoptic (and so instance and semantic), interactive, referring.
+"""Train FastSAM2 on several tasks at once: panoptic (and so instance and semantic), interactive, referring; vis, vps, vos.
 
 python train/train_fastsam2.py --data shapes --backbone resnet18 --out runs/shapes              # rendered; README: settings
+python train/train_fastsam2.py --data shapes shape-clips --memory --backbone resnet18 --out runs/all     # and their clips
+python train/train_fastsam2.py --data first-masks=DAVIS --init runs/all/last --memory --out runs/davis   # of its objects
 python train/train_fastsam2.py --data panoptic=coco/annotations/panoptic_train2017.json --imagenet resnet50.pth \\
     --clip weights/clip-vit-large-patch14 --size 736x1280 --batch-size 2 --dtype bf16 --workers 8 --out runs/coco
 torchrun --nproc_per_node=8 train/train_fastsam2.py --dtype bf16 --batch-size 2 --workers 8 --imagenet resnet50.pth \\
     --clip weights/clip-vit-large-patch14 --size 736x1280 --out runs/mixture --data \\
     panoptic=coco/annotations/panoptic_train2017.json instances=coco/annotations/instances_train2017.json \\
-    cityscapes=cityscapes sa1b=sa1b refcoco=refcoco/refs.json refcoco=refcoco+/refs.json refcoco=refcocog/refs.json
+    cityscapes=cityscapes sa1b=sa1b refcoco=refcoco/refs.json refcoco=refcoco+/refs.json refcoco=refcocog/refs.json \\
+    panoptic-clips=coco/annotations/panoptic_train2017.json ytvis=ytvis_2019/train.json davis=DAVIS vipseg=VIPSeg --memory
 
 A source brings its own tasks, --tasks chooses among them; every task has the same share unless --share says otherwise,
-and within a task sources count by size. A micro-batch has one task. Everything that is missing is listed before the
+and within a task sources count by size. A micro-batch has one task. Clips are vis (tubes of things), vps (and stuff)
+and vos: objects followed from a prompt, with --memory frame by frame, where half of the time the memory is given the true
+mask, else as one tube; validation follows without help. Everything that is missing is listed before the
 first step. With --ema the averaged weights are what is validated, saved and predicted with; with --distill they also teach:
 they see the same pictures in other light, and after the warm-up their soft masks and classes are learned besides the
 targets. --init carries weights over to another --key-rank (nearest product) and another --fusion (its reader anew).
@@ -25,41 +30,52 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repo root, so our packages import from anywhere
-from data.cityscapes import Cityscapes
-from data.coco_instances import CocoInstances
-from data.coco_panoptic import CocoPanoptic
-from data.moving_shapes import MovingShapes
-from data.refcoco import RefCoco
-from data.sa1b import Sa1b
-from data.segment_batch import IMAGE_TASKS, Prompts, SegmentCollate, SegmentItems, View, training_view
+from data.segment_batch import CLIP_TASKS, TASKS, SegmentCollate, training_view
+from data.segment_sources import (
+    FORMATS,
+    RENDERED,
+    First,
+    default_tasks,
+    make_sets,
+    open_sources,
+    set_shares,
+    task_of,
+    task_prompts,
+    validation_sets,
+    vocabulary,
+)
 from data.task_mixture import MixtureBatches, TaskMixture
+from data.video_clips import Clips
 from models.clip import load_clip, load_tokenizer
 from models.fastsam2 import BACKBONES, LOGIT_SCALE, TEMPERATURE, FastSAM2, FastSAM2Config, build_vocabulary, hash_texts
-from models.fastsam2_options import FUSIONS, KEY_STRIDES, LOOKS, carry_over
-from models.panoptic_post import INSTANCE, ImageSize, panoptic, to_original
-from models.prompt_fusion import PROMPT_TASKS, PromptBatch
-from models.segment_losses import count_masks, distill_losses, segment_losses
-from models.segment_scores import NAMES, BatchScores
+from models.fastsam2_options import FUSIONS, KEY_STRIDES, LOOKS
+from models.segment_losses import count_masks, distill_losses
+from models.segment_training import (
+    DRAWN,
+    add_clicks,
+    autocast,
+    batch_losses,
+    draw_validation,
+    evaluate,
+    initial_weights,
+    make_groups,
+    other_light,
+    prompts_of,
+    to_device,
+)
 from models.semantic_head import TEMPLATES, embed_texts
-from utils import overlay, run
-from utils.click_simulator import next_click
+from models.streaming_memory import MemoryConfig
+from utils import run
 from utils.plots import curves
 from utils.run import UserError
-from utils.weights import load_strict, read_tensors
-
-FORMATS = {"panoptic": CocoPanoptic, "instances": CocoInstances, "cityscapes": Cityscapes, "sa1b": Sa1b}
-FORMATS |= {"refcoco": functools.partial(RefCoco, split="train")}
-PART_OF_PANOPTIC = ("instance", "semantic")
-LIGHT = 0.2  # how much brighter or darker the averaged weights see a channel
-PROMPTS = {"point": 0.5, "box": 0.3, "mask": 0.1, "point+box": 0.1}  # what points at the objects of task interactive
+from utils.weights import load_strict
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -84,21 +100,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--print-every", type=int, default=50, help="steps between printed lines and finite-loss checks")
     g.add_argument("--val-every", type=int, default=1000, help="steps between validations")
     g.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints; the newest 3 are kept")
-    g.add_argument("--val-items", type=int, default=48, help="pictures of each task in a validation")
+    g.add_argument("--val-items", type=int, default=48, help="pictures, or clips, of each task in a validation")
     g.add_argument("--log", default=None, metavar="WHY", help="reason for this run; appends the result row to LOG.md")
     g = p.add_argument_group("data")
     g.add_argument("--data", nargs="+", default=["shapes"], metavar="FORMAT=PATH",
-                   help=f"shapes (rendered), or {', '.join(FORMATS)} with = and a path")  # fmt: skip
-    g.add_argument(
-        "--val-data", nargs="+", default=None, metavar="FORMAT=PATH", help="likewise (default: shapes alone)"
-    )
-    g.add_argument(
-        "--tasks",
-        nargs="+",
-        default=None,
-        choices=IMAGE_TASKS,
-        help="default: what the data have; with panoptic, instance and semantic are read off it",
-    )
+                   help=f"{', '.join(RENDERED)} (rendered), or {', '.join(FORMATS)} with = and a path")  # fmt: skip
+    g.add_argument("--val-data", nargs="+", default=None, metavar="FORMAT=PATH",
+                   help="likewise (default: --data if all of it is rendered)")  # fmt: skip
+    g.add_argument("--tasks", nargs="+", default=None, choices=TASKS,
+                   help="default: what the data have; panoptic makes instance and semantic too, vps makes vis")  # fmt: skip
     g.add_argument(
         "--share", nargs="+", default=[], metavar="TASK=X", help="how often a task is drawn (default 1 each)"
     )
@@ -107,7 +117,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--scale", type=float, nargs=2, default=None, metavar=("LOW", "HIGH"),
                    help="resize by a factor of this range (default: 0.8 2, prompted pictures 0.1 2, as RAP-SAM)")  # fmt: skip
     g.add_argument("--prompts", type=int, default=12, help="prompted objects of a picture")
-    g.add_argument("--clicks", type=int, default=3, help="interactive: most clicks of an object, 1 off; spec: 7")
+    g.add_argument("--clicks", type=int, default=3, help="interactive: most clicks of an object, 1 off")
+    g.add_argument("--frames", type=int, default=4, help="T, frames of a clip")
+    g.add_argument("--clip-stride", type=int, nargs=2, default=[1, 3], metavar=("LOW", "HIGH"),
+                   help="clips of videos take every so manieth frame, drawn from this range")  # fmt: skip
+    g.add_argument(
+        "--clip-batch", type=int, default=0, help="clips in a batch (0: --batch-size / --frames, at least 1)"
+    )
     g = p.add_argument_group("model")
     g.add_argument("--backbone", default="resnet50", choices=list(BACKBONES), help="of torchvision")
     g.add_argument("--imagenet", default=None, help="local torchvision weights of that backbone (.pth)")
@@ -121,6 +137,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--look", default="all", choices=LOOKS, help="prompts that bring features along: all, or masks only")
     g.add_argument("--logit-scale", type=float, default=LOGIT_SCALE, help="of the cosine of object and class name")
     g.add_argument("--temperature", type=float, default=TEMPERATURE, help="stages' classes have --logit-scale over it")
+    g.add_argument("--memory", action="store_true", help="vos: a memory of each object, frame by frame, not one tube")
+    g.add_argument("--memory-recent", type=int, default=6, help="frames that it holds besides those with prompts")
+    g.add_argument("--memory-maps", type=int, default=0, help="how many of these it holds as maps too (0: tokens only)")
     g.add_argument("--clip", default=None, help="CLIP snapshot for names and sentences (default: hashed words)")
     g = p.add_argument_group("loss and optimizer")
     g.add_argument("--points", type=int, default=12544, help="where masks are compared")
@@ -145,10 +164,13 @@ def check_flags(args) -> dict[str, float]:
     run.check_ranges(args, **dict.fromkeys(counts, (1, 10**9)), workers=(0, 256), dim=(16, 4096), lr=(1e-12, 0.1))
     run.check_ranges(args, backbone_lr=(0, 10), warmup=(0, 0.999), weight_decay=(0, 10), clip_grad=(1e-6, 1e6))
     run.check_ranges(args, ema=(0, 0.999999), distill=(0, 1000), keep_queries=(0, args.queries), key_rank=(0, args.dim))
-    run.check_ranges(args, prune_after=(1, FastSAM2Config.stages))
+    run.check_ranges(args, prune_after=(1, FastSAM2Config.stages), frames=(2, 1000), clip_batch=(0, 10**6),
+                     memory_recent=(0, 1000), memory_maps=(0, args.memory_recent))  # fmt: skip
     run.check_ranges(args, overfit=(0, 10**9), logit_scale=(1e-3, 1e4), temperature=(1e-3, 1e3))
     if args.overfit and args.val_data:
         raise UserError("--overfit evaluates on the pictures that it trains on; leave --val-data out")
+    if not 1 <= args.clip_stride[0] <= args.clip_stride[1]:
+        raise UserError(f"--clip-stride {args.clip_stride[0]} {args.clip_stride[1]}: expected 1 <= LOW <= HIGH")
     if args.scale and not 0 < args.scale[0] <= args.scale[1]:
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < LOW <= HIGH")
     if args.key_rank % FastSAM2Config.heads:
@@ -162,240 +184,56 @@ def check_flags(args) -> dict[str, float]:
     shares = {}
     for word in args.share:
         task, _, value = word.partition("=")
-        if task not in IMAGE_TASKS or not value.replace(".", "", 1).isdigit() or float(value) <= 0:
-            raise UserError(f"--share {word}: expected TASK=X with X above 0, TASK one of {', '.join(IMAGE_TASKS)}")
+        if task not in TASKS or not value.replace(".", "", 1).isdigit() or float(value) <= 0:
+            raise UserError(f"--share {word}: expected TASK=X with X above 0, TASK one of {', '.join(TASKS)}")
         shares[task] = float(value)
     return shares
 
 
-# ---- data
-
-
-def open_sources(flag: str, specs: list[str], size: int, seed: int) -> list:
-    """The sources of --data. UserError that lists everything which cannot be opened, not only the first."""
-    sources, missing = [], []
-    for spec in specs:
-        kind, _, path = spec.partition("=")
-        if kind == "shapes" and not path:
-            sources.append(MovingShapes(20_000, seed, size))
-        elif kind in FORMATS and path:
-            try:
-                sources.append(FORMATS[kind](path))
-            except UserError as e:
-                missing.append(str(e))
-        else:
-            missing.append(f"{spec}: expected shapes, or FORMAT=PATH with FORMAT one of {', '.join(FORMATS)}")
-    if missing:
-        raise UserError(f"{flag}: {len(missing)} of {len(specs)} cannot be used: " + "; ".join(missing))
-    return sources
-
-
-def default_tasks(sources) -> list[str]:
-    """All tasks that the data have; but with panoptic the tasks that contradict it are read off it, not trained: of
-    instance stuff is background, and semantic wants one mask for all things of a class, from the same queries."""
-    found = [t for t in IMAGE_TASKS if any(t in s.tasks for s in sources)]
-    return [t for t in found if "panoptic" not in found or t not in PART_OF_PANOPTIC]
-
-
-class Renumbered(Dataset):
-    """Items of a source whose classes are `places` (K_source,) in the vocabulary of all sources."""
-
-    def __init__(self, items: SegmentItems, places: list[int]):
-        self.items, self.places = items, torch.tensor([*places, -1])  # the last is for -1, no known class
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, key) -> dict:
-        item = self.items[key]
-        return {**item, "labels": self.places[item["labels"]]}
-
-
-class First(Dataset):
-    """The first n items as they are in epoch 0."""
-
-    def __init__(self, items: Renumbered, n: int):
-        self.items, self.n = items, min(n, len(items))
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, key) -> dict:
-        index = key[1] if isinstance(key, tuple) else key
-        if not 0 <= index < self.n:
-            raise IndexError(f"First: item {index} of {self.n}")
-        return self.items[0, index]
-
-
-def make_sets(sources, classes: list[str], tasks, view, prompts: Prompts, seed: int) -> dict[str, Renumbered]:
-    """{"task|source number|name": items}; view(task) says how pictures are shown. UserError if a task has no source."""
-    sets = {}
-    for k, source in enumerate(sources):
-        places = [classes.index(name) for name in source.classes]
-        for task in source.tasks:
-            if task in tasks:
-                items = SegmentItems(source, task, view(task), prompts, seed)
-                sets[f"{task}|{k}|{source.name}"] = Renumbered(items, places)
-    absent = [task for task in tasks if not any(name.startswith(f"{task}|") for name in sets)]
-    if absent:
-        raise UserError(f"--tasks {' '.join(absent)}: none of the data has it; leave it out or give other --data")
-    return sets
-
-
-def set_shares(sets: dict, shares: dict[str, float]) -> dict[str, float]:
-    """Of a task's share, each of its sets gets a part by its size."""
-    size = {}
-    for name, items in sets.items():
-        size[name.split("|")[0]] = size.get(name.split("|")[0], 0) + len(items)
-    return {n: shares.get(n.split("|")[0], 1.0) * len(items) / size[n.split("|")[0]] for n, items in sets.items()}
-
-
-def to_device(batch: dict, device: torch.device) -> dict:
-    """Tensors, and lists of tensors, of a batch."""
-    moved = dict(batch)
-    for k, v in batch.items():
-        if isinstance(v, torch.Tensor):
-            moved[k] = v.to(device, non_blocking=True)
-        elif isinstance(v, list) and v and isinstance(v[0], torch.Tensor):
-            moved[k] = [x.to(device, non_blocking=True) for x in v]
-    return moved
-
-
-@torch.no_grad()
-def add_clicks(model: FastSAM2, batch: dict, rounds: int, args, r) -> dict:
-    """A batch of task interactive with `rounds` more clicks on each object, each where the mask so far is most wrong."""
-    batch, was_training = dict(batch), model.training
-    model.eval()
-    with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32):
-        features = model.encode(batch["image"])
-    H, W = batch["image"].shape[-2:]
-    for _ in range(rounds):
-        with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32):
-            prompts = PromptBatch.of(batch).to(r.device)
-            found = model.decode(features, model.queries(prompts, features), objects=False)["masks"][-1].float()
-        for b, target in enumerate(batch["masks"]):
-            made = to_original(found[b, : len(target)], ImageSize((H, W), (H, W), (H, W))).cpu().numpy() > 0
-            counts, truth = (~batch["ignore"][b]).cpu().numpy(), target.cpu().numpy()
-            clicks = [next_click(t, m, counts) or (0, 0, -1) for t, m in zip(truth & counts, made, strict=True)]
-            new = torch.tensor(np.array(clicks, np.float32).reshape(-1, 1, 3), device=r.device)  # (Q, 1, 3)
-            batch["points"] = [*batch["points"]]
-            batch["point_labels"] = [*batch["point_labels"]]
-            batch["points"][b] = torch.cat([batch["points"][b], new[..., :2]], 1)
-            batch["point_labels"][b] = torch.cat([batch["point_labels"][b], new[..., 2].long()], 1)
-    model.train(was_training)
-    return batch
-
-
-def other_light(images: torch.Tensor) -> torch.Tensor:
-    """Bytes (B, 3, H, W) -> floats in [0, 1]; each picture's channels are brighter or darker by up to a fifth."""
-    gain = 1 + LIGHT * (2 * torch.rand(len(images), 3, 1, 1, device=images.device) - 1)
-    return (gain * images / 255).clamp(0, 1)
-
-
-def batch_losses(net, batch: dict, num_masks, embed, args, r, teacher: FastSAM2 | None = None) -> dict:
-    """Losses of one micro-batch, scalars, forward in autocast, losses in float32; with a teacher, in evaluation, also
-    distill, which is part of loss."""
-    prompts = PromptBatch.of(batch, embed).to(r.device) if batch["task"] in PROMPT_TASKS else None
-    with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32):
-        out = net(batch["image"], prompts, task=batch["task"])
-        losses = segment_losses(out, batch, num_masks, args.points)
-        if teacher is not None:
-            with torch.no_grad():
-                said = teacher(other_light(batch["image"]), prompts, task=batch["task"])
-            losses["distill"] = args.distill * sum(distill_losses(out, said, batch, args.points).values())
-            losses["loss"] = losses["loss"] + losses["distill"]
-    return losses
-
-
-@torch.no_grad()
-def evaluate(model: FastSAM2, loaders: dict, embed, args, r) -> dict[str, float]:
-    """A figure for each task, in percent, and their mean as `score`."""
-    model.eval()
-    values = {}
-    for task, loader in loaders.items():
-        scores = BatchScores(task, model.cfg.is_thing)
-        for batch in loader:
-            batch = to_device(batch, r.device)
-            prompts = PromptBatch.of(batch, embed).to(r.device) if task in PROMPT_TASKS else None
-            with torch.autocast(r.device.type, r.dtype, enabled=r.dtype != torch.float32):
-                scores.add(model(batch["image"], prompts, task=task), batch)
-        values[f"{task} {NAMES[task]}"] = scores.score()
-    model.train()
-    known = [v for v in values.values() if not math.isnan(v)]
-    return values | {"score": sum(known) / max(1, len(known))}
-
-
-@torch.no_grad()
-def draw_validation(model: FastSAM2, dataset, path: Path, args, r, show: int = 12) -> None:
-    """PNG of the first validation pictures with their panoptic segments, in colours of the classes."""
-    model.eval()
-    tiles = []
-    for k in range(min(show, len(dataset))):
-        image = dataset[k]["image"]
-        size = ImageSize(*[tuple(image.shape[-2:])] * 3)
-        out = model(image[None].to(r.device), task="panoptic")
-        found = panoptic(out["classes"][-1][0], out["masks"][-1][0].float(), model.is_thing, size)["map"].cpu().numpy()
-        tile = image.permute(1, 2, 0).numpy()
-        for segment in np.unique(found):
-            label = int(segment) % INSTANCE
-            if label < len(model.cfg.classes):
-                tile = overlay.mask(tile, found == segment, overlay.colour(label))
-        tiles.append(tile)
-    model.train()
-    overlay.save_png(path, overlay.grid(tiles, 4))
-
-
 def build(args, sources, r) -> tuple[FastSAM2, object]:
     """The model with the vocabulary of all sources, and what embeds sentences."""
-    classes = list(dict.fromkeys(name for s in sources for name in s.classes))
-    things = {name: bool(thing) for s in reversed(sources) for name, thing in zip(s.classes, s.is_thing, strict=True)}
+    classes, is_thing = vocabulary(sources)
     embed, templates, width = functools.partial(hash_texts, width=128), ("{}",), 128
     if args.clip:
         clip = load_clip(args.clip).to(r.device)
         embed = functools.partial(embed_texts, clip.encode_text, load_tokenizer(args.clip), device=r.device)
         templates, width = TEMPLATES, clip.cfg.embed_dim
+    kept = {"recent": args.memory_recent, "maps": args.memory_maps}
+    memory = MemoryConfig(args.dim, FastSAM2Config.heads, 4 * args.dim, **kept)
     cfg = FastSAM2Config(
         classes=classes, backbone=args.backbone, queries=args.queries, dim=args.dim, hidden=8 * args.dim,
         embed_dim=width, frozen_norm=args.imagenet is not None, keep_queries=args.keep_queries,
         prune_after=args.prune_after, key_rank=args.key_rank, key_stride=args.key_stride, fusion=args.fusion,
         look=args.look, logit_scale=args.logit_scale, temperature=args.temperature,
+        memory=memory if args.memory else None,
     )  # fmt: skip
     model = FastSAM2(cfg)
     if args.imagenet:
         model.load_imagenet(args.imagenet)
     source = "clip" if args.clip else "hash"
-    model.set_vocabulary(classes, build_vocabulary(classes, embed, templates), [things[c] for c in classes], source)
+    model.set_vocabulary(classes, build_vocabulary(classes, embed, templates), is_thing, source)
     return model, embed
 
 
-def make_validation(args, classes: list[str], tasks: list[str], height: int, width: int, load: dict) -> dict:
-    """{task: loader of its first pictures, shown whole}; with panoptic also for what is read off it."""
-    val_specs = args.val_data or (["shapes"] if args.data == ["shapes"] else [])
-    val_specs, seed = (args.data, args.seed) if args.overfit else (val_specs, 10**6 + args.seed)
-    val_sources = open_sources("--val-data", val_specs, min(height, width), seed)
-    for source in val_sources:
-        strange = [name for name in source.classes if name not in classes]
-        if strange:
-            raise UserError(f"--val-data: class '{strange[0]}' of {source.name} is in none of --data; give others")
-    kinds = Prompts(number=args.prompts, kinds={"point": 0.5, "box": 0.5})
-    read_off = PART_OF_PANOPTIC if "panoptic" in tasks else ()
-    val_tasks = [t for t in IMAGE_TASKS if (t in tasks or t in read_off) and any(t in s.tasks for s in val_sources)]
-    val_sets = make_sets(val_sources, classes, val_tasks, lambda t: View(height, width), kinds, 0) if val_tasks else {}
+def make_validation(args, classes: list[str], tasks, size: tuple[int, int], clips: Clips, load: dict) -> dict:
+    """{task: loader of its first pictures or clips, shown whole}."""
+    specs, seed, split = args.val_data or args.data, 10**6 + args.seed, "val"
+    if args.overfit:
+        seed, split = args.seed, "train"
+    elif not args.val_data and not set(args.data) <= set(RENDERED):
+        return {}
+    sources = open_sources("--val-data", specs, min(size), seed, clips, split)
+    prompts = functools.partial(task_prompts, number=args.prompts, late=args.memory, overfit=bool(args.overfit))
     loaders = {}
-    for name, items in val_sets.items():  # the first source of a task
+    for task, items in validation_sets(sources, classes, tasks, *size, prompts, args.seed * bool(args.overfit)).items():
         part = Subset(items, range(min(len(items), args.overfit or args.val_items)))
-        loaders.setdefault(name.split("|")[0], DataLoader(part, batch_size=args.batch_size, **load))
+        loaders[task] = DataLoader(part, batch_size=batch_size_of(args, task), **load)
     return loaders
 
 
-def make_groups(model: FastSAM2, args) -> list[dict]:
-    """AdamW's groups; a group's factor multiplies the rate. Norms and biases do not decay."""
-    groups: dict[tuple, dict] = {}  # (backbone?, decayed?) -> group; norms and biases do not decay
-    for name, p in model.named_parameters():
-        key = (name.startswith("backbone."), p.ndim > 1)
-        group = {"params": [], "factor": args.backbone_lr if key[0] else 1.0}
-        groups.setdefault(key, group | {"weight_decay": args.weight_decay if key[1] else 0.0})["params"].append(p)
-    return list(groups.values())
+def batch_size_of(args, task: str) -> int:
+    """Pictures, or clips, of a micro-batch."""
+    return args.batch_size if task not in CLIP_TASKS else args.clip_batch or max(1, args.batch_size // args.frames)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -406,7 +244,8 @@ def main(argv: list[str] | None = None) -> None:
     height, width = run.numbers("--size", args.size, "x", 2)
 
     # ---- data
-    sources = open_sources("--data", args.data, min(height, width), args.seed)
+    clips = Clips(args.frames, tuple(args.clip_stride))
+    sources = open_sources("--data", args.data, min(height, width), args.seed, clips)
     for source in sources:
         run.say(r, f"# {source.summary()}")
     tasks = args.tasks or default_tasks(sources)
@@ -414,26 +253,24 @@ def main(argv: list[str] | None = None) -> None:
     classes = model.cfg.classes
     numbers = sources[0].category_ids if classes == list(sources[0].classes) else range(1, len(classes) + 1)
     numbers = [int(n) for n in numbers]  # of the classes in the files that prediction writes
-    prompts = Prompts(number=args.prompts, kinds=PROMPTS, jitter=0.1, coarse=4)
     how = {"flip": 0.0, "scale": (1.0, 1.0)} if args.overfit else {"scale": args.scale}
     view = functools.partial(training_view, height=height, width=width, **how)
+    prompts = functools.partial(task_prompts, number=args.prompts, late=args.memory, training=True)
     sets = make_sets(sources, classes, tasks, view, prompts, args.seed)
     if args.overfit:
         sets = {name: First(items, args.overfit) for name, items in sets.items()}
     mixture = TaskMixture(sets)
     load = {"collate_fn": SegmentCollate(), "num_workers": args.workers, "worker_init_fn": run.ignore_sigterm}
-    loaders = make_validation(args, classes, tasks, height, width, load)
+    loaders = make_validation(args, classes, tasks, (height, width), clips, load)
 
     # ---- model, optimizer
     model.to(r.device)
     if args.init:
         run.read_config(args.init)
-        weights = carry_over(read_tensors(Path(args.init) / "model.safetensors"), model)
-        weights["head.classifier"] = model.head.classifier  # the classes are those of --data
-        load_strict(model, weights, args.init)
+        load_strict(model, initial_weights(args.init, model), args.init)
     if r.world > 1 and r.device.type == "cuda" and not model.cfg.frozen_norm:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    opt = torch.optim.AdamW(make_groups(model, args), lr=args.lr)
+    opt = torch.optim.AdamW(make_groups(model, args.backbone_lr, args.weight_decay), lr=args.lr)
     scaler = torch.amp.GradScaler(r.device.type, enabled=r.dtype == torch.float16)
     averaged = copy.deepcopy(model).requires_grad_(False) if args.ema else model
     step, best = 0, -1.0
@@ -454,7 +291,8 @@ def main(argv: list[str] | None = None) -> None:
     if r.ddp:
         net = DDP(net, device_ids=[r.device.index] if r.device.type == "cuda" else None, broadcast_buffers=False)
     stop = args.steps if args.stop_at is None else min(args.stop_at, args.steps)
-    batches = MixtureBatches(mixture.sizes(), set_shares(sets, shares), args.batch_size, step, stop, args.seed, r.rank,
+    batch_sizes = {name: batch_size_of(args, task_of(name)) for name in sets}
+    batches = MixtureBatches(mixture.sizes(), set_shares(sets, shares), batch_sizes, step, stop, args.seed, r.rank,
                              r.world, args.accum, same=not args.own_tasks)  # fmt: skip
     loader = iter(DataLoader(mixture, batch_sampler=batches, pin_memory=r.device.type == "cuda", **load))
     run.say(r, f"# {sum(p.numel() for p in model.parameters()):,} parameters, {len(classes)} classes, tasks {tasks}")
@@ -472,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     run.watch_sigterm(r)
     model.train()
     bar = tqdm(total=args.steps, initial=step, disable=not (r.main and sys.stderr.isatty()), leave=False)
-    began, since, shown, val, saved = time.perf_counter(), step, {}, {}, step if args.resume else -1
+    began, images, shown, val, saved = time.perf_counter(), 0, {}, {}, step if args.resume else -1
     while step < stop and not run.should_stop(r):
         warm = max(1, round(args.steps * args.warmup))
         progress = (step - warm) / max(1, args.steps - warm)
@@ -487,11 +325,17 @@ def main(argv: list[str] | None = None) -> None:
         for a, batch in enumerate(parts):
             run.seed_all(run.step_seed(args.seed, step, a * r.world + r.rank))
             if batch["task"] == "interactive" and args.clicks > 1:
-                batch = add_clicks(model, batch, int(torch.randint(args.clicks, ()).item()), args, r)
+                batch = add_clicks(model, batch, int(torch.randint(args.clicks, ()).item()), r.dtype)
+            prompts = prompts_of(batch, embed)
             with net.no_sync() if r.ddp and a < args.accum - 1 else nullcontext():
-                teacher = averaged.eval() if args.distill and step >= warm else None
-                losses = batch_losses(net, batch, num_masks, embed, args, r, teacher)
+                losses, found = batch_losses(net, batch, prompts, num_masks, r.dtype, args.points, args.memory)
+                if args.distill and step >= warm and batch["task"] != "vos":
+                    with torch.no_grad(), autocast(r.device, r.dtype):
+                        said = averaged.eval()(other_light(batch["image"]), prompts, task=batch["task"])
+                    losses["distill"] = args.distill * sum(distill_losses(found, said, batch, args.points).values())
+                    losses["loss"] = losses["loss"] + losses["distill"]
                 scaler.scale(losses["loss"] / args.accum).backward()
+            images += batch["image"].shape[:-3].numel()
             for name, value in ((batch["task"], losses["loss"]), ("distill", losses.get("distill"))):
                 if value is not None:
                     total, n = shown.get(name, (0.0, 0))
@@ -511,19 +355,20 @@ def main(argv: list[str] | None = None) -> None:
             bad = [name for name, value in values.items() if not math.isfinite(value)]
             if bad or not (scaler.is_enabled() or norm.isfinite()):
                 raise UserError(f"step {step}: {bad or 'gradient'} is not finite; try a lower --lr or --dtype fp32")
-            speed = (step - since) * args.batch_size * args.accum * r.world / (time.perf_counter() - began)
+            speed = images * r.world / (time.perf_counter() - began)
             run.report(r, out, step, args.steps, **values, lr=lr, grad=norm.item(), images_per_s=speed)
-            began, since, shown = time.perf_counter(), step, {}
+            began, images, shown = time.perf_counter(), 0, {}
         if loaders and (step % args.val_every == 0 or step == stop):
             is_best = False
             if r.main:
-                val = evaluate(averaged, loaders, embed, args, r)
+                val = evaluate(averaged, loaders, embed, r.dtype)
                 run.report(r, out, step, args.steps, **val)
-                if "panoptic" in loaders:
-                    draw_validation(averaged, loaders["panoptic"].dataset, out / "val.png", args, r)
+                for task in [t for t in DRAWN if t in loaders]:
+                    name = "val.png" if task == "panoptic" else f"val_{task}.png"
+                    draw_validation(averaged, loaders[task], out / name, embed, r.dtype)
                 is_best, best, saved = val["score"] > best, max(best, val["score"]), step
                 save(is_best)
-            began, since = time.perf_counter(), step
+            began, images = time.perf_counter(), 0
         if step % args.save_every == 0 and saved != step:
             saved = step
             save()
