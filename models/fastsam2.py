@@ -6,7 +6,8 @@ A clip is a taller image: T maps are read as one of T h rows, so a query gives o
 
 Shapes: B images or clips, T frames, N object queries, P prompts, Q = N + P, S pixels of all frames, D width,
 K classes, E width of the class embeddings, V embeddings (synonyms) per class.
-Source: Xu et al., RAP-SAM, ICLR 2025, eq. 2-6. Parameter names are those of the released weights (`neck.`, `head.`)
+Source: Xu et al., RAP-SAM, ICLR 2025, eq. 2-6; the auxiliary classes of pixels: Zhang et al., K-Net, NeurIPS 2021.
+Parameter names are those of the released weights (`neck.`, `head.`)
 and of torchvision's ResNet (`backbone.`).
 """
 
@@ -66,6 +67,8 @@ class FastSAM2Config:
     look: str = "all"  # what else brings features along: all (clicks, boxes, masks, texts) | masks
     logit_scale: float = LOGIT_SCALE  # of the cosines of the last output's classes
     temperature: float = TEMPERATURE  # of the stages' classes, whose scale is logit_scale / temperature
+    residual: bool = True  # stages add to a query; compat, or False: they replace it, as released
+    pixel_classes: bool = False  # training also asks each pixel for its class (K-Net's auxiliary segmentation)
     memory: MemoryConfig | None = None  # of the objects followed through a video, of the same dim and heads; None: none
 
     def __post_init__(self):
@@ -102,7 +105,7 @@ class Stage(nn.Module):
     def __init__(self, cfg: FastSAM2Config):
         super().__init__()
         D = cfg.dim
-        self.mean = not cfg.compat
+        self.mean, self.residual = not cfg.compat, cfg.residual and not cfg.compat
         self.kernel_update = KernelUpdate(D)
         self.s_atten, self.s_atten_norm = Attention(D, cfg.heads), nn.LayerNorm(D)
         self.ffn, self.ffn_norm = FeedForward(D, cfg.hidden), nn.LayerNorm(D)
@@ -112,7 +115,8 @@ class Stage(nn.Module):
     def forward(self, k, masks, pixels, visible=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """k (B, Q, D), masks (B, Q, S) logits, pixels (B, S, D) -> k, class embeddings
         (B, Q, E), masks, IoU (B, Q, 1)."""
-        k = self.kernel_update(pool(masks, pixels, self.mean), k)
+        new = self.kernel_update(pool(masks, pixels, self.mean), k)
+        k = k + new if self.residual else new
         k = self.s_atten_norm(k + self.s_atten(k, k, visible))
         k = self.ffn_norm(self.ffn(k))
         m = self.mask_fcs(k)
@@ -135,6 +139,7 @@ class DynamicDecoder(nn.Module):
         self.panoptic_attn, self.panoptic_cls = KernelUpdate(D), nn.Sequential(nn.Linear(D, cfg.embed_dim))
         self.prompt_attn, self.prompt_norm = PixelAttention(D, cfg.heads, cfg.key_rank or D), nn.LayerNorm(D)
         self.prompt_iou = nn.Linear(D, 1)
+        self.pixel_cls = nn.Linear(D, cfg.embed_dim) if cfg.pixel_classes else None
         if cfg.compat:
             self.mask_tokens, self.pb_embedding = nn.Embedding(1, D), nn.Embedding(2, D)
             self.pos_linear = nn.Linear(2 * D, D)
@@ -172,7 +177,8 @@ class DynamicDecoder(nn.Module):
         -> classes: logits (B, Q, K + 1), masks: logits (B, Q, h, w) or (B, Q, T, h, w), iou: (B, Q, 1), each a list
         over the stages and then the adaptors; queries (B, Q, D). Prompts change neither the objects nor each other.
         With cfg.keep_queries the outputs after stage cfg.prune_after have fewer objects, prompts are never left out.
-        In training the adaptor that has nothing to do runs on no query, so each of its parameters has a gradient of 0.
+        In training the adaptor that has nothing to do runs on no query, so each of its parameters has a gradient of 0;
+        and with cfg.pixel_classes the dict of objects has pixels: class logits (B, K, S) of each cell of the features.
         """
         if prompts is None and not objects:
             raise ValueError("DynamicDecoder: neither objects nor prompts to decode")
@@ -180,7 +186,8 @@ class DynamicDecoder(nn.Module):
         frames = features.unsqueeze(1) if image else features  # (B, T, D, h, w)
         B, T, D, h, w = frames.shape
         pixels = frames.permute(0, 1, 3, 4, 2).reshape(B, T * h * w, D)  # (B, S, D)
-        k = self.kernels.weight[:N].expand(B, -1, -1)
+        taught = self.pixel_cls if self.training else None
+        k = self.kernels.weight[:N].expand(B, -1, -1) + (0.0 if taught is None else no_effect(taught))
         visible = None
         if prompts is not None:
             k, visible = torch.cat([k, prompts.to(k.dtype)], 1), visibility(N, prompts.shape[1], k.device)
@@ -198,7 +205,10 @@ class DynamicDecoder(nn.Module):
         k, last = self.adapt(k, (classes, masks, iou), pixels, (T, h, w), N)
         classes, masks, iou = (list(values) for values in zip(*outputs, last, strict=True))
         masks = [m.unflatten(2, (h, w) if image else (T, h, w)) for m in masks]
-        return {"classes": classes, "masks": masks, "iou": iou, "queries": k}
+        out = {"classes": classes, "masks": masks, "iou": iou, "queries": k}
+        if taught is not None and objects:
+            out["pixels"] = self.classify(taught(pixels))[..., :-1].transpose(1, 2)
+        return out
 
     def adapt(self, k, stage: tuple, pixels, grid: tuple[int, int, int], N: int) -> tuple[torch.Tensor, tuple]:
         """Queries (B, Q, D), N of them objects, and what the last stage made of them -> the same after the adaptors."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 RIGHT = -100.0  # logit of a point that counts as right where the target is 0: loss 0, probability 0
-WEIGHTS = {"class": 2.0, "mask": 5.0, "dice": 5.0, "iou": 10.0}  # of RAP-SAM
+WEIGHTS = {"class": 2.0, "mask": 5.0, "dice": 5.0, "iou": 10.0, "pixels": 1.0}  # of RAP-SAM; pixels: of K-Net
 
 
 def sample_points(masks: torch.Tensor, xy_01: torch.Tensor) -> torch.Tensor:
@@ -56,6 +56,11 @@ def class_loss(logits: torch.Tensor, labels: torch.Tensor, no_object: float = 0.
     weight = (labels >= 0).float() * torch.where(labels == K, no_object, 1.0)
     loss = F.cross_entropy(logits, labels.clamp_min(0), reduction="none")
     return (weight * loss).sum() / weight.sum().clamp_min(1e-6)
+
+
+def pixel_loss(logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of cells that have a class, mean by share: logits (K, S), shares (K, S) of each cell in 0..1."""
+    return -(shares * logits.float().log_softmax(0)).sum() / shares.sum().clamp_min(1)
 
 
 def bce_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from models.mask_losses import (
     mask_iou,
     mask_losses,
     mean_over,
+    pixel_loss,
     sample_points,
     uncertain_points,
 )
@@ -48,7 +49,7 @@ def segment_losses(
     generator: torch.Generator | None = None,
 ) -> dict[str, torch.Tensor]:
     """Output of FastSAM2 for a batch of one task -> weighted sums over stages and adaptors, scalars: loss, their sum,
-    and class, mask, dice of object tasks; mask, dice, iou of prompt tasks, with presence where the output has it
+    and class, mask, dice of object tasks, with pixels where the output has them; mask, dice, iou of prompt tasks, with presence where the output has it
     (FastSAM2.follow). Logs may look at any; `loss` is trained.
 
     batch: task, masks, labels, ignore, on the output's device. num_masks: see count_masks; None: this batch alone.
@@ -89,7 +90,19 @@ def object_losses(
             total["mask"] = total["mask"] + weights["mask"] * bce
             total["dice"] = total["dice"] + weights["dice"] * dice
         total["class"] = total["class"] + weights["class"] * class_loss(logits, wanted)
+    if "pixels" in out:
+        parts = [
+            pixel_loss(x, class_shares(m, y, len(x))) for x, m, y in zip(out["pixels"], masks, labels, strict=True)
+        ]
+        total["pixels"] = weights["pixels"] * sum(parts) / len(parts)
     return total
+
+
+def class_shares(masks: torch.Tensor, labels: torch.Tensor, K: int) -> torch.Tensor:
+    """How much of each cell of the features a class covers: masks bool (M, [T], 4h, 4w), labels (M,), -1 none -> (K, S)."""
+    cells = masks[labels >= 0].unflatten(-1, (-1, STRIDE)).unflatten(-3, (-1, STRIDE))  # (M, [T], h, 4, w, 4)
+    shares = cells.float().mean((-3, -1)).flatten(1)  # (M, S)
+    return shares.new_zeros(K, shares.shape[1]).index_add_(0, labels[labels >= 0], shares)
 
 
 def prompt_losses(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from models.fastsam2 import STRIDE as PADDED_TO
 from models.fastsam2 import FastSAM2
 from models.fastsam2_options import carry_over
+from models.mask_losses import WEIGHTS
 from models.panoptic_post import INSTANCE, ImageSize, panoptic, to_original
 from models.prompt_fusion import MASK_LOGIT, PROMPT_TASKS, STRIDE, PromptBatch, padded
 from models.segment_losses import segment_losses
@@ -102,12 +103,19 @@ def truth_logits(masks: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def batch_losses(
-    net, batch: dict, prompts: PromptBatch | None, num_masks, dtype: torch.dtype, points: int, memory: bool
+    net,
+    batch: dict,
+    prompts: PromptBatch | None,
+    num_masks,
+    dtype: torch.dtype,
+    points: int,
+    memory: bool,
+    weights=WEIGHTS,
 ) -> tuple[dict, dict]:
     """Losses of one micro-batch, scalars, and the output; forward in autocast, losses in float32."""
     with autocast(batch["image"].device, dtype):
         out = predict(net, batch, prompts, memory, FORCED)
-        return segment_losses(out, batch, num_masks, points), out
+        return segment_losses(out, batch, num_masks, points, weights), out
 
 
 def other_light(images: torch.Tensor) -> torch.Tensor:

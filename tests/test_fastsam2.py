@@ -136,7 +136,7 @@ def clicks(*numbers: int) -> PromptBatch:
 @pytest.mark.parametrize("compat", [False, True])
 @pytest.mark.parametrize("objects, P", [(True, None), (True, 2), (False, 2), (True, 0), (False, 0)])
 def test_no_parameter_is_without_gradient(objects, P, compat):
-    model = network(compat=compat).train()
+    model = network(compat=compat, pixel_classes=True).train()
     prompts = None if P is None else clicks(P, 0)
     out = model(torch.rand(2, 3, 64, 32), prompts, objects)
     sum(v.float().square().sum() for v in parts(out, 0, False)).backward()
@@ -152,6 +152,32 @@ def test_no_parameter_is_without_gradient(objects, P, compat):
 
 
 @torch.no_grad()
+def test_stages_add_to_a_query_unless_as_released():
+    """With an update of 0 a stage hands its query on; the released one forgets it."""
+    F = features(1, 32, 4, 4)
+    for settings, kept in (({}, True), ({"residual": False}, False), ({"compat": True}, False)):
+        model = head(**settings)
+        with torch.no_grad():
+            for stage in model.mask_heads:
+                stage.kernel_update.fc_norm.weight.zero_()
+                stage.kernel_update.fc_norm.bias.zero_()
+            model.panoptic_attn.fc_norm.weight.zero_()
+            found = model(F)["masks"][-2][0].flatten(1)
+            assert (found.std(0).max() > 1e-3) == kept, settings
+
+
+def test_pixels_say_their_class_in_training_only():
+    model = head(pixel_classes=True)
+    F = features(2, 3, 32, 4, 6)
+    assert "pixels" not in model(F)
+    model.train()
+    assert "pixels" not in model(F, features(2, 1, 32), objects=False)
+    pixels = model(F)["pixels"]
+    assert pixels.shape == (2, 3, 3 * 4 * 6)
+    one = model(F[:, 1])["pixels"]
+    torch.testing.assert_close(pixels.unflatten(2, (3, 24))[:, :, 1], one)
+
+
 def test_any_image_size_and_type():
     model, images = network(), torch.randint(0, 256, (2, 3, 50, 70), dtype=torch.uint8)
     f = model.encode(images)

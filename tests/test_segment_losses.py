@@ -72,6 +72,27 @@ def test_what_is_right_costs_nothing_and_what_is_wrong_does(frames):
     assert moved["mask"] > 4 * right["mask"] and moved["dice"] > right["dice"] + 4
 
 
+@pytest.mark.parametrize("frames", [0, 2])
+def test_pixels_learn_the_class_that_covers_them(frames):
+    masks, labels = [squares(0, 8, frames=frames), squares(frames=frames)], [[1, -1], []]
+    batch, out = batch_of("panoptic", masks, labels), perfect(masks, labels, 4)
+    plain = segment_losses(out, batch, generator=torch.Generator().manual_seed(0))
+    shape = (max(1, frames), H // 4, W // 4)
+    right = torch.zeros(2, K, *shape)
+    right[0, 1, :, :2, :2] = 30  # the square at 0; that of no known class may say anything
+    right[0, 2, :, 2:4, 2:4] = 30
+    found = {}
+    for name, logits in (("right", right), ("wrong", -right)):
+        out["pixels"] = logits.flatten(2).requires_grad_()
+        losses = segment_losses(out, batch, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(losses["loss"], plain["loss"] + losses["pixels"])
+        found[name] = losses["pixels"].item()
+        losses["loss"].backward()
+        assert out["pixels"].grad.isfinite().all()
+    assert "pixels" not in plain and found["right"] < 1e-6
+    assert found["wrong"] == pytest.approx(15, abs=1), "30 of one of two pictures"
+
+
 def test_the_order_of_targets_and_of_queries_does_not_matter():
     masks, labels = [squares(0, 8, 16), squares(4)], [[2, 0, 1], [1]]
     torch.manual_seed(0)

@@ -56,6 +56,7 @@ from data.video_clips import Clips
 from models.clip import load_clip, load_tokenizer
 from models.fastsam2 import BACKBONES, LOGIT_SCALE, TEMPERATURE, FastSAM2, FastSAM2Config, build_vocabulary, hash_texts
 from models.fastsam2_options import FUSIONS, KEY_STRIDES, LOOKS
+from models.mask_losses import WEIGHTS
 from models.segment_losses import count_masks, distill_losses
 from models.segment_training import (
     DRAWN,
@@ -137,11 +138,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--look", default="all", choices=LOOKS, help="prompts that bring features along: all, or masks only")
     g.add_argument("--logit-scale", type=float, default=LOGIT_SCALE, help="of the cosine of object and class name")
     g.add_argument("--temperature", type=float, default=TEMPERATURE, help="stages' classes have --logit-scale over it")
+    g.add_argument(
+        "--update", default="add", choices=["add", "replace"], help="what stages do to a query; RAP-SAM: replace"
+    )
     g.add_argument("--memory", action="store_true", help="vos: a memory of each object, frame by frame, not one tube")
     g.add_argument("--memory-recent", type=int, default=6, help="frames that it holds besides those with prompts")
     g.add_argument("--memory-maps", type=int, default=0, help="how many of these it holds as maps too (0: tokens only)")
     g.add_argument("--clip", default=None, help="CLIP snapshot for names and sentences (default: hashed words)")
     g = p.add_argument_group("loss and optimizer")
+    g.add_argument("--class-weight", type=float, default=WEIGHTS["class"], help="of an object's class in the loss")
+    g.add_argument(
+        "--pixel-weight", type=float, default=0.0, help="of each pixel's class besides, as in K-Net (0: none)"
+    )
     g.add_argument("--points", type=int, default=12544, help="where masks are compared")
     g.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (warm-up, then cosine to 0)")
     g.add_argument("--backbone-lr", type=float, default=0.1, help="factor on the rate of the backbone")
@@ -163,7 +171,15 @@ def check_flags(args) -> dict[str, float]:
     counts = "steps batch_size accum print_every val_every save_every val_items prompts clicks queries points".split()
     run.check_ranges(args, **dict.fromkeys(counts, (1, 10**9)), workers=(0, 256), dim=(16, 4096), lr=(1e-12, 0.1))
     run.check_ranges(args, backbone_lr=(0, 10), warmup=(0, 0.999), weight_decay=(0, 10), clip_grad=(1e-6, 1e6))
-    run.check_ranges(args, ema=(0, 0.999999), distill=(0, 1000), keep_queries=(0, args.queries), key_rank=(0, args.dim))
+    run.check_ranges(
+        args,
+        ema=(0, 0.999999),
+        class_weight=(0, 1000),
+        pixel_weight=(0, 1000),
+        distill=(0, 1000),
+        keep_queries=(0, args.queries),
+        key_rank=(0, args.dim),
+    )
     run.check_ranges(args, prune_after=(1, FastSAM2Config.stages), frames=(2, 1000), clip_batch=(0, 10**6),
                      memory_recent=(0, 1000), memory_maps=(0, args.memory_recent))  # fmt: skip
     run.check_ranges(args, overfit=(0, 10**9), logit_scale=(1e-3, 1e4), temperature=(1e-3, 1e3))
@@ -205,6 +221,7 @@ def build(args, sources, r) -> tuple[FastSAM2, object]:
         embed_dim=width, frozen_norm=args.imagenet is not None, keep_queries=args.keep_queries,
         prune_after=args.prune_after, key_rank=args.key_rank, key_stride=args.key_stride, fusion=args.fusion,
         look=args.look, logit_scale=args.logit_scale, temperature=args.temperature,
+        residual=args.update == "add", pixel_classes=args.pixel_weight > 0,
         memory=memory if args.memory else None,
     )  # fmt: skip
     model = FastSAM2(cfg)
@@ -307,6 +324,7 @@ def main(argv: list[str] | None = None) -> None:
             run.save_checkpoint(out, step, averaged, about, state, best=is_best)
 
     # ---- loop
+    weights = WEIGHTS | {"class": args.class_weight, "pixels": args.pixel_weight}
     run.watch_sigterm(r)
     model.train()
     bar = tqdm(total=args.steps, initial=step, disable=not (r.main and sys.stderr.isatty()), leave=False)
@@ -328,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
                 batch = add_clicks(model, batch, int(torch.randint(args.clicks, ()).item()), r.dtype)
             prompts = prompts_of(batch, embed)
             with net.no_sync() if r.ddp and a < args.accum - 1 else nullcontext():
-                losses, found = batch_losses(net, batch, prompts, num_masks, r.dtype, args.points, args.memory)
+                losses, found = batch_losses(net, batch, prompts, num_masks, r.dtype, args.points, args.memory, weights)
                 if args.distill and step >= warm and batch["task"] != "vos":
                     with torch.no_grad(), autocast(r.device, r.dtype):
                         said = averaged.eval()(other_light(batch["image"]), prompts, task=batch["task"])
