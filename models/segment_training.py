@@ -30,6 +30,8 @@ FORCED = 0.5  # how often the memory is given the true mask in training
 SHOWN = 12
 DRAWN = ("panoptic", "vps", "vos")  # tasks that `draw_validation` can show
 
+OPTIONAL = ("memory.", "head.pixel_cls.")  # parts that not every network has
+
 Embed = Callable[[list[str]], torch.Tensor]  # sentences -> (Q, E)
 
 
@@ -52,12 +54,13 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def initial_weights(folder: str, model: FastSAM2) -> dict[str, torch.Tensor]:
-    """Those of a checkpoint, for a model of other classes and options, see `carry_over`; a memory that only one of them
+    """Those of a checkpoint, for a model of other classes and options, see `carry_over`; of OPTIONAL what only one of them
     has is left out, or stays untrained."""
     weights = carry_over(read_tensors(Path(folder) / "model.safetensors"), model)
-    ours, theirs = ({k: v for k, v in x.items() if k.startswith("memory.")} for x in (model.state_dict(), weights))
-    if not (ours and theirs):
-        weights = {k: v for k, v in weights.items() if k not in theirs} | ours
+    for part in OPTIONAL:
+        ours, theirs = ({k: v for k, v in x.items() if k.startswith(part)} for x in (model.state_dict(), weights))
+        if not (ours and theirs):
+            weights = {k: v for k, v in weights.items() if k not in theirs} | ours
     return weights | {"head.classifier": model.head.classifier}
 
 

@@ -74,10 +74,12 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "last" / "model.safetensors")
 
 
-def network(memory: MemoryConfig | None = None) -> FastSAM2:
+def network(memory: MemoryConfig | None = None, pixel_classes: bool = False) -> FastSAM2:
     torch.manual_seed(0)
     sizes = {"backbone": "resnet18", "dim": 16, "queries": 6, "hidden": 32, "embed_dim": 8, "frozen_norm": False}
-    return FastSAM2(FastSAM2Config(CLASSES, **sizes, logit_scale=16, temperature=1, memory=memory))
+    return FastSAM2(
+        FastSAM2Config(CLASSES, **sizes, logit_scale=16, temperature=1, memory=memory, pixel_classes=pixel_classes)
+    )
 
 
 def clip_batch(task: str, n: int = 2, T: int = 4, S: int = 64, late: bool = True, **more) -> dict:
@@ -196,8 +198,7 @@ def test_two_ranks_are_one_process_with_accum(tmp_path):
 
 def test_init_with_and_without_a_memory(tmp_path):
     """What only one of both has stays untrained, or is left out; the classes are those of the model."""
-    models = [network(), network(**KINDS["vos"])]
-    for theirs in models:
+    for theirs in (network(), network(**KINDS["vos"], pixel_classes=True)):
         with torch.no_grad():
             theirs.neck.load_state_dict({k: v + 1 for k, v in theirs.neck.state_dict().items()})
         save_file(theirs.state_dict(), tmp_path / "model.safetensors")
