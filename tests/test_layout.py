@@ -38,7 +38,7 @@ BELONGS = {  # folder -> the modules that live there
         coco_instances sa1b refcoco cityscapes davis ytvis vipseg moving_shapes task_mixture rgbd_folder scannet
         superpoints rooms vessels vessel_items vessel_questions vessel_checks referring_manifest
         video_clips video_checks pseudo_video segment_sources ball_checks footage check_dataset""",
-    "utils": "run weights masks overlay plots ptb_tokenizer caption_metrics caption_metrics_other schedules training_guards panoptic_quality instance_ap segmentation_files segment_writing segment_inputs picture_files click_simulator crops field_of_view probability_files vessel_metrics vessel_controls ball_metrics ball_path ball_smoothing hits hota object_scores track_files track_inputs track_video video_inputs video_writing",
+    "utils": "run weights masks overlay plots ptb_tokenizer caption_metrics caption_metrics_other schedules training_guards panoptic_quality instance_ap segmentation_files segment_writing segment_inputs picture_files click_simulator crops field_of_view probability_files vessel_metrics vessel_controls ball_metrics ball_path ball_smoothing hits hota object_scores track_files track_inputs track_video video_inputs video_writing scannet_classes scannet_metrics scannet_coverage scannet_files",
     "train": "train",
     "eval": "compare_runs",
 }
