@@ -2,11 +2,12 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: help setup demo test test-slow smoke bench gpu-check lint format rally captions vessels
+.PHONY: help setup demo test test-slow smoke bench gpu-check lint format rally ball captions vessels
 
 help:
 	@echo "make demo       set up .venv, train on rendered rallies, find the contacts in an unseen video (about 8 minutes)"
 	@echo "make rally      the real-video job: train on the labelled tennis rally under LAB_SHARED, predict, evaluate"
+	@echo "make ball       the ball of a real rally under LAB_SHARED by its motion: track, scores, hits (2 minutes)"
 	@echo "make captions   train a captioner on rendered shapes: cross-entropy, CIDEr reward, captions, scores (5 minutes)"
 	@echo "make vessels    the vessel job: train the U-Net on CHASE_DB1 under LAB_SHARED, predict, evaluate (8 minutes)"
 	@echo "make test       set up .venv, lint, all quick tests"
@@ -50,6 +51,15 @@ rally: setup
 	$(PY) eval/infer_peaks.py $(R)/videos/tennis_rally_first_1500.mp4 $(R)/videos/tennis_no_event_tail.mp4 --ckpt runs/rally/last --out runs/rally/pred
 	$(PY) eval/eval_peaks.py --pred runs/rally/pred/peaks.json --labels $(RALLY_LABELS) --classes near_court_swing --json runs/rally/eval.json
 
+# a real rally whose ball is labelled, seen by a fixed camera: needs no weights
+BALL := $(R)/videos/artlabss_video_input6
+
+ball: setup
+	rm -rf runs/ball
+	$(PY) eval/infer_ball.py $(BALL).mp4 --detector motion --out runs/ball/track
+	$(PY) eval/eval_ball.py --pred runs/ball/track/tracks.json --labels $(LAB_SHARED)/data/sam3/tennis_clips/video_input6_ball.csv
+	$(PY) eval/infer_hits.py runs/ball/track/tracks.json --video $(BALL).mp4 --out runs/ball/hits
+
 # preset of the caption job: a tower of two layers trained from nothing on pictures of 64 px
 SHAPES := --data runs/captions/shapes --cache-gb 1 --batch-size 16 --train-backbone --backbone-lr 1 --print-every 50
 
@@ -82,6 +92,7 @@ smoke: setup
 	$(PY) smoke/smoke_fsgr.py
 	$(PY) smoke/smoke_fastsam2.py
 	$(PY) smoke/smoke_sa2va.py
+	$(PY) smoke/smoke_sam3.py
 
 bench: setup
 	$(PY) smoke/bench_mamba.py
@@ -89,7 +100,9 @@ bench: setup
 	$(PY) smoke/bench_caption_reward.py
 	$(PY) smoke/bench_fsgr.py
 	$(PY) smoke/bench_fastsam2.py
+	$(PY) smoke/bench_streams.py
 	$(PY) smoke/bench_sa2va.py
+	$(PY) smoke/bench_sam3.py
 
 gpu-check: setup
 	$(PY) -m pytest -q -m gpu

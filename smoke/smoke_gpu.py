@@ -50,6 +50,13 @@ COMMANDS = [
     "train/train_fastsam2.py --device cuda --dtype bf16 --workers 4 --steps 40 --val-every 40 --out runs/gpu/fastsam2",
     "-m torch.distributed.run --nproc_per_node=gpu train/train_fastsam2.py --device cuda --dtype fp16 --own-tasks "
     "--steps 40 --val-every 40 --out runs/gpu/fastsam2_ddp",
+    "train/train_fastsam2.py --device cuda --dtype bf16 --data shapes shape-clips --memory --frames 6 --workers 4 "
+    "--steps 40 --val-every 40 --out runs/gpu/streams",
+    "smoke/bench_streams.py --device cuda --dtype bf16 --compile --backbone resnet50 --size 720x1280 --frames 100",
+    "smoke/bench_streams.py --device cuda --dtype bf16 --backbone resnet50 --size 720x1280 --frames 20 --long 500",
+    "smoke/smoke_sam3.py --device cuda",
+    "smoke/smoke_sam3.py --device cuda --dtype bf16",
+    "smoke/bench_sam3.py --device cuda --dtype bf16 --models tiny real --size 1280x720 --frames 64",
     "eval/infer_captions.py runs/gpu/shapes/val2017 --ckpt runs/gpu/rl/best --out runs/gpu/captions --device cuda",
     "smoke/smoke_sa2va.py --device cuda",
     "smoke/smoke_sa2va.py --device cuda --dtype bf16",
