@@ -11,6 +11,7 @@ python data/check_dataset.py manifest my_pictures/manifest.jsonl --show sheet.pn
 python data/check_dataset.py moving_shapes --image-size 96 --clip-len 12 --show sheet.png
 python data/check_dataset.py davis datasets/DAVIS --split val --clip-len 4 --stride 1,5 --show sheet.png
 python data/check_dataset.py ytvis datasets/ytvis_2019/train.json --clip-len 4 --show sheet.png
+python data/check_dataset.py rgbd 7scenes/heads/seq-01 --show sheet.png                   # posed RGB-D; also rooms, scannet
 python data/check_dataset.py ball labels/ --videos videos/ --show sheet.png             # ball positions, TrackNet csv
 
 FORMAT peaks: E2E-Spot json, one file or a folder of them. FORMAT rally: rendered when asked for, so it has no ROOT.
@@ -21,7 +22,10 @@ as json (data/refcoco.py says how to make them), instances.json beside. FORMAT m
 FORMAT davis: DAVIS, or folders of frames and masks (data/davis.py). FORMAT ytvis: YouTube-VIS json. FORMAT vipseg: the
 folder of images/ and panomasks/. FORMAT pseudo_video: COCO's panoptic or instances json, each picture as a clip.
 FORMAT vessels: the folder of CHASE_DB1, DRIVE, STARE, HRF, FIVES or ARCADE (data/vessels.py shows their layouts).
-FORMAT ball: a csv of ball positions or a folder of them, videos beside or in --videos (data/ball_labels.py).
+FORMAT ball: a csv of ball positions or a folder of them (data/ball_labels.py), NAME.mp4 beside NAME.csv or
+NAME_ball.csv, or in --videos.
+FORMAT rgbd: a folder of colour, depth, pose, as 7-Scenes, TUM, SceneNN, 3RScan, a ScanNet export (data/rgbd_folder.py).
+FORMAT rooms: rendered, no ROOT. FORMAT scannet: an index json of data/prepare_scannet.py.
 FORMAT manifest: anybody's pictures with named masks, one per line of manifest.jsonl (data/referring_manifest.py).
 The picture holds the first batch of training with the same flags: a row per clip, the frames around its peak; captions:
 images as the network sees them, with the labels of their patches, and the captions after encoding; segmentation: a row
@@ -41,6 +45,7 @@ from data.caption_checks import check_captions
 from data.caption_files import SPLITS
 from data.coco_captions import ImageReader
 from data.peak_checks import draw_batch, first_batch, peaks_data, rally_data
+from data.rgbd_checks import RGBD_FORMATS, check_rgbd
 from data.segment_checks import FORMATS, check_segmentation
 from data.vessel_checks import VESSEL_FORMATS, check_vessels
 from data.vessels import FORMATS as LAYOUTS
@@ -53,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    formats = ["peaks", "rally", "captions", *BALL_FORMATS, *VESSEL_FORMATS, *FORMATS, *VIDEO_FORMATS]
+    formats = ["peaks", "rally", "captions", *BALL_FORMATS, *VESSEL_FORMATS, *FORMATS, *VIDEO_FORMATS, *RGBD_FORMATS]
     p.add_argument("format", metavar="FORMAT", choices=formats, help=", ".join(formats[:-1]) + f" or {formats[-1]}")
     p.add_argument("root", metavar="ROOT", nargs="?",
                    help="peaks: label file (E2E-Spot json) or folder of label files; captions: folder; "
@@ -71,6 +76,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g = p.add_argument_group("davis, ytvis, vipseg")
     g.add_argument("--stride", default="1,3", metavar="LOW,HIGH", help="frames from one of a clip to the next")
     g.add_argument("--year", type=int, default=2017, choices=[2016, 2017], help="davis: 2016 joins all objects to one")
+    g = p.add_argument_group("rgbd")
+    g.add_argument("--intrinsics", type=float, nargs=4, default=None, metavar=("FX", "FY", "CX", "CY"),
+                   help="px of the depth pictures (default: from the folder)")  # fmt: skip
+    g.add_argument("--depth-scale", type=float, default=None, help="depth units to a metre (default: of the layout)")
     g = p.add_argument_group("vessels, manifest")
     g.add_argument("--layout", default="auto", choices=["auto", *LAYOUTS], help="whose layout ROOT has")
     g.add_argument("--split-at", type=int, default=None, metavar="N",
@@ -115,7 +124,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     for flag in ("columns", "limit", "batch_size", "clips", "clip_len"):
-        least = 0 if flag == "limit" and args.format in ("captions", *VESSEL_FORMATS, *FORMATS, *VIDEO_FORMATS) else 1
+        least = (
+            0
+            if flag == "limit" and args.format in ("captions", *VESSEL_FORMATS, *FORMATS, *VIDEO_FORMATS, *RGBD_FORMATS)
+            else 1
+        )
         if getattr(args, flag) < least:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least {least}")
     run.check_ranges(args, min_freq=(1, 10**9), image_size=(16, 8192))
@@ -137,6 +150,8 @@ def main(argv: list[str] | None = None) -> None:
         picture = check_segmentation(args)
     elif args.format in VIDEO_FORMATS:
         picture = check_videos(args)
+    elif args.format in RGBD_FORMATS:
+        picture = check_rgbd(args)
     elif args.format in BALL_FORMATS:
         picture = check_ball(args)
     elif args.format == "rally":
