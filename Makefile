@@ -103,6 +103,7 @@ bench: setup
 	$(PY) smoke/bench_streams.py
 	$(PY) smoke/bench_sa2va.py
 	$(PY) smoke/bench_sam3.py
+	$(PY) smoke/bench_sparse.py
 
 gpu-check: setup
 	$(PY) -m pytest -q -m gpu

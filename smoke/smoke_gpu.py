@@ -57,6 +57,8 @@ COMMANDS = [
     "smoke/smoke_sam3.py --device cuda",
     "smoke/smoke_sam3.py --device cuda --dtype bf16",
     "smoke/bench_sam3.py --device cuda --dtype bf16 --models tiny real --size 1280x720 --frames 64",
+    "smoke/bench_sparse.py --device cuda --dtype fp32",
+    "smoke/bench_sparse.py --device cuda --dtype bf16",
     "eval/infer_captions.py runs/gpu/shapes/val2017 --ckpt runs/gpu/rl/best --out runs/gpu/captions --device cuda",
     "smoke/smoke_sa2va.py --device cuda",
     "smoke/smoke_sa2va.py --device cuda --dtype bf16",
