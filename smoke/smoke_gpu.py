@@ -52,8 +52,8 @@ COMMANDS = [
     "--steps 40 --val-every 40 --out runs/gpu/fastsam2_ddp",
     "train/train_fastsam2.py --device cuda --dtype bf16 --data shapes shape-clips --memory --frames 6 --workers 4 "
     "--steps 40 --val-every 40 --out runs/gpu/streams",
-    "smoke/bench_streams.py --device cuda --dtype bf16 --compile --backbone resnet50 --size 720x1280 --frames 100",
-    "smoke/bench_streams.py --device cuda --dtype bf16 --backbone resnet50 --size 720x1280 --frames 20 --long 500",
+    "smoke/bench_streams.py --device cuda --dtype bf16 --compile --backbone resnet50 --size 720x1280 --frames 100 --long 500",
+    "smoke/bench_streams.py --device cuda --backbone resnet18 resnet50 --size 1024x1024 --frames 20 --peers",
     "smoke/smoke_sam3.py --device cuda",
     "smoke/smoke_sam3.py --device cuda --dtype bf16",
     "smoke/bench_sam3.py --device cuda --dtype bf16 --models tiny real --size 1280x720 --frames 64",

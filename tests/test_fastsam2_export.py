@@ -1,11 +1,15 @@
 """FastSAM2 under torch.compile without a break, and exported to ONNX and run in onnxruntime, against PyTorch.
 
-Three graphs: an image -> features, features -> objects, features and any mix of prompts -> masks. Exported with
-torch.onnx.export(dynamo=True) under torch.no_grad(), from two images, else the batch is closed. What can stay open:
-the batch; of the objects also the features' sides; of the prompts also their number and that of clicks, at three times
-the time to export. The image's sides are fixed: coordinates and pooled mask prompts become constants of that size.
-A kind of prompt that is not used is marked as absent, or left at length 0.
+Four graphs: an image -> features, features -> objects, features and any mix of prompts -> masks, and a step of the
+memory: features, what points at objects in this frame, and the state -> masks, presence and the next state. Exported
+with torch.onnx.export(dynamo=True) under torch.no_grad(), from two images, else the batch is closed. What can stay open:
+the batch; of objects and of a step without maps also the features' sides; of the prompts also their number and that of
+clicks, at three times the time to export; the image's sides, in multiples of 32, with the neck's coordinates by arange.
+With prompts the sides are fixed: places and pooled masks become constants of that size, without a word at export. So
+are those of maps, and the memory's places. A kind of prompt that is not used is marked as absent, or left at length 0.
 """
+
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from torchvision.ops import deform_conv2d
 from models.fastsam2 import FastSAM2, FastSAM2Config
 from models.lite_dfpn import DeformUp, LiteDFPN, sampled_deform_conv2d
 from models.prompt_fusion import PromptBatch
+from models.streaming_memory import Bank, MemoryConfig, MemoryState
 
 SMALL = {"classes": ["cat", "sky", "car"], "synonyms": 2, "queries": 5, "stages": 2, "backbone": "resnet18"}
 SMALL |= {"dim": 32, "heads": 4, "hidden": 48, "embed_dim": 16}
@@ -76,6 +81,41 @@ class Prompts(Encode):
     def forward(self, features, *fields):
         out = self.model.decode(features, self.model.queries(PromptBatch(*fields), features), objects=False)
         return out["classes"][-1], out["masks"][-1], out["iou"][-1]
+
+
+class Step(Encode):
+    """One frame of all objects. The state comes and goes as a row of tensors, in MemoryState's order."""
+
+    def forward(self, features, prompts, given, *tensors):
+        prompt, known, pointed, *banks = tensors
+        state = MemoryState(prompt, known, pointed, Bank(*banks[:2]), Bank(*banks[2:]) if banks[2:] else None)
+        decode = partial(self.model.decode, objects=False)
+        state, found = self.model.memory.step(state, features, decode, prompts, given)
+        return found.masks, found.presence, found.present, found.out["iou"][-1], *tensors_of(state)
+
+
+def tensors_of(state: MemoryState) -> tuple[torch.Tensor, ...]:
+    return (state.prompt, state.known, state.pointed, *state.tokens, *(state.maps or ()))
+
+
+@torch.no_grad()
+def follower(maps: int) -> FastSAM2:
+    """Small, with a memory whose weights are nowhere 0."""
+    torch.manual_seed(0)
+    small = {"dim": 32, "heads": 4, "hidden": 48, "layers": 1, "kept": 2, "recent": 2, "map_dim": 8, "maps": maps}
+    model = FastSAM2(FastSAM2Config(**SMALL, memory=MemoryConfig(**small))).eval()
+    for p in model.memory.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    model.memory.presence_out.bias.fill_(0.0 if maps else -0.8)  # object 0 of `film` is seen in some frames only
+    return model
+
+
+def film(T: int, h: int = H // 4, w: int = W // 4) -> list[tuple[torch.Tensor, ...]]:
+    """Per frame what a step is given but for the state: object 0 is pointed at in frames 0 and 3, object 1 in frame 2,
+    and place 2 stays free."""
+    g, given = torch.Generator().manual_seed(0), torch.zeros(T, 1, 3, dtype=torch.bool)
+    given[0, 0, 0] = given[2, 0, 1] = given[3, 0, 0] = True
+    return [(torch.randn(1, 32, h, w, generator=g), torch.randn(1, 3, 32, generator=g), given[t]) for t in range(T)]
 
 
 class Maps(nn.Module):
@@ -144,6 +184,25 @@ def test_compiled_without_a_break(model, graph):
     torch.testing.assert_close(got, module(*inputs), rtol=1e-5, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_step_of_the_memory_compiled_without_a_break():
+    """One graph for all frames, whether something points at objects or not."""
+    torch.compiler.reset()
+    step, graphs = Step(follower(maps=1)), []
+    state = tensors_of(step.model.memory.start(1, 3, (H // 4, W // 4)))
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(step, fullgraph=True, backend=count)
+    for inputs in film(5):
+        want = step(*inputs, *state)
+        torch.testing.assert_close(compiled(*inputs, *state), want, rtol=1e-5, atol=1e-4)
+        state = want[4:]
+    assert len(graphs) == 1
+
+
 # ---- ONNX
 
 
@@ -162,7 +221,8 @@ def export(module: nn.Module, inputs: tuple, axes: tuple):
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     flat = [axis for group in axes for axis in (group if isinstance(group, tuple) else (group,))]
     for node, axis, tensor in zip(session.get_inputs(), flat, inputs, strict=True):
-        assert node.shape == [axis.get(number, size) for number, size in enumerate(tensor.shape)], node.name
+        want = [axis.get(number, size) for number, size in enumerate(tensor.shape)]
+        assert node.shape == [x if isinstance(x, int | str) else x.__name__ for x in want], node.name
     return session, {node.op_type for node in program.model_proto.graph.node}
 
 
@@ -200,6 +260,29 @@ def test_onnx_encode_without_deformable_convolutions(model):
     assert "GridSample" in operators and "DeformConv" not in operators
     for images in cases:
         assert_runs_the_same(session, (images,), model.encode(images))
+
+
+def located(neck: LiteDFPN, y: torch.Tensor) -> torch.Tensor:
+    """LiteDFPN.locate with places by arange: torch.export makes a constant of linspace's length."""
+    B, _, h, w = y.shape
+    rows, columns = ((2 * torch.arange(n, dtype=y.dtype) - (n - 1)) / max(n - 1, 1) for n in (h, w))
+    return neck.loc_conv(torch.cat([y, columns.expand(B, 1, h, w), rows[:, None].expand(B, 1, h, w)], 1))
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_onnx_encode_of_any_sides(model, monkeypatch):
+    """Multiples of 32, against the network as it is."""
+    torch.manual_seed(0)
+    sides = {k: 32 * torch.export.Dim(name, min=1, max=64) for k, name in ((2, "h"), (3, "w"))}
+    cases = [torch.randint(0, 256, shape, dtype=torch.uint8) for shape in ((2, 3, H, W), (1, 3, 128, 32))]
+    want = [model.encode(images) for images in cases]
+    monkeypatch.setattr(LiteDFPN, "locate", located)
+    model.neck.sample()
+    session, _ = export(Encode(model), (cases[0],), (BATCH | sides,))
+    model.neck.sample(False)
+    for images, features in zip(cases, want, strict=True):
+        assert_runs_the_same(session, (images,), features)
 
 
 @torch.no_grad()
@@ -256,3 +339,42 @@ def test_onnx_prompts_of_any_number(model):
     session, _ = export(Prompts(model), cases[0], (BATCH, (CLICKED, CLICKED, *[PROMPTED] * 6)))
     for inputs in cases:
         assert_runs_the_same(session, inputs, Prompts(model)(*inputs))
+
+
+# ---- ONNX of a step of the memory
+
+
+@torch.no_grad()
+def assert_follows_the_same(session, step: Step, grids: list[tuple[int, int]]) -> None:
+    """Both through a film of each grid without a break, each with its own state: floats within TOLERANCE, the same
+    objects present and the same places taken."""
+    ours = theirs = tensors_of(step.model.memory.start(1, 3, grids[0]))
+    seen = []
+    for t, inputs in enumerate(frame for grid in grids for frame in film(7, *grid)):
+        want = step(*inputs, *ours)
+        feed = {node.name: x.numpy() for node, x in zip(session.get_inputs(), (*inputs, *theirs), strict=True)}
+        got = [torch.from_numpy(x) for x in session.run(None, feed)]
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE if b.is_floating_point() else 0, msg=f"frame {t}")
+        ours, theirs = want[4:], got[4:]
+        seen.append(want[2][0, 0].item())
+    assert {True, False} == {*seen}, "object 0 is always there, or never"
+
+
+def step_inputs(step: Step) -> tuple[torch.Tensor, ...]:
+    return (*film(4)[3], *tensors_of(step.model.memory.start(1, 3, (H // 4, W // 4))))
+
+
+@torch.no_grad()
+def test_onnx_step_of_a_memory_of_tokens():
+    """The grid of the features is open, and may change from frame to frame."""
+    step = Step(follower(maps=0))
+    session, _ = export(step, step_inputs(step), ({2: "h", 3: "w"}, {}, {}, ({},) * 5))
+    assert_follows_the_same(session, step, [(16, 24), (8, 40)])
+
+
+@torch.no_grad()
+def test_onnx_step_of_a_memory_with_maps():
+    step = Step(follower(maps=1))
+    session, _ = export(step, step_inputs(step), ({}, {}, {}, ({},) * 7))
+    assert_follows_the_same(session, step, [(16, 24)])
