@@ -42,11 +42,12 @@ def check_ball(args) -> np.ndarray | None:
 
 
 def video_of(path: Path, folder: str | None) -> Path | None:
-    """The video of a csv: the one of its name (without _ball), else the only one beside the only csv; None: none."""
+    """The video of a csv: NAME.mp4 of NAME.csv or NAME_ball.csv, the longest such NAME; else the only video beside the
+    only csv; None: none."""
     files = [p for p in sorted((Path(folder) if folder else path.parent).glob("*")) if p.suffix.lower() in SUFFIXES]
-    same = [p for p in files if p.stem in (path.stem, path.stem.removesuffix("_ball"))]
+    same = [p for p in files if f"{path.stem}_".startswith(f"{p.stem}_")]
     alone = len(files) == 1 and len(list(path.parent.glob("*.csv"))) == 1
-    return same[0] if same else files[0] if alone else None
+    return max(same, key=lambda p: len(p.stem)) if same else files[0] if alone else None
 
 
 def video_size(video: Path) -> tuple[tuple[int, int], int]:

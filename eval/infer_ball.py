@@ -6,12 +6,12 @@
         --correct 120:640,310 --correct 200:90,55:0
     python eval/infer_ball.py rally.mp4 --detector motion --out runs/motion            # fixed camera, no weights
 
-Writes OUT/tracks.json (utils/track_files.py), NAME.csv per target in TrackNet's tennis columns, tracks.json.meta.json
-and annotated.mp4 with trails and states. Coordinates are px of the frame, pixel centres at whole numbers.
-One instance per prompt, the best by what is seen in each frame, or with --all every instance. How detections and the
-tracker's masks are weighed stands in models/ball_follow.py; for small scores lower --score-thr and --new-thr.
---offline decides once more with the whole clip known: best path, gaps of up to 6 frames filled (source interp, not
-visible, not in the csv), smoothed columns x_s, y_s. --detector motion always does; with --ckpt it looks at no weights.
+Writes OUT/tracks.json (utils/track_files.py), NAME.csv per target in TrackNet's tennis columns, tracks.json.meta.json,
+annotated.mp4 with trails and states, and frames.png with some of its frames. Coordinates are px of the frame, pixel
+centres at whole numbers. One instance per prompt, the best by what is seen in each frame, or with --all every instance;
+models/ball_follow.py says how detections and the tracker's masks are weighed. For small scores lower --score-thr and
+--new-thr. --offline decides once more with the whole clip known: best path, gaps of up to 6 frames filled (source
+interp, not visible, not in the csv), smoothed columns x_s, y_s. --detector motion always does, and looks at no weights.
 --ckpt defaults to the environment variable HF_LOCAL_MODEL. --dtype is that of SAM3's weights too, of one and the same
 session. Memory does not grow with the video; --exact-memory keeps all of the tracker's.
 Ctrl-C or SIGTERM: the files are completed up to that frame (video.stopped_early), exit code 130 or 143.
@@ -78,7 +78,7 @@ def check_args(args) -> list[Target]:
     shares = ("nms_iou", "score_thr", "trk_thr", "trust", "silence", "again", "keep")
     run.check_ranges(args, **{name: (0, 1) for name in shares}, mask_thr=(0.01, 0.99), new_thr=(args.score_thr, 1))
     run.check_ranges(args, gate=(0.001, 10), gate_min=(0, 10**5), area_ratio=(1, 10**6), hit_rate=(0, 2))
-    run.check_ranges(args, lively=(0, 1000), min_cells=(0, 1000))
+    run.check_ranges(args, lively=(0, 1000), min_cells=(0, 1000), persist=(0, 1000))
     run.check_ranges(args, motion_weight=(0, 100), tracker_weight=(0, 100), challenge=(0, 1000), bridge=(0, 10**9))
     run.check_ranges(args, **{name: (1, 10**9) for name in ("lost_after", "forget_after", "confirm", "min_points")})
     if args.detector == "motion":
@@ -118,7 +118,7 @@ def track_with_sam3(reader, targets, args, r, staging: Path, asked: list[int]) -
     tracker = BallTracker(
         engine, targets, cfg, (H, W), clicks, args.nms_iou, args.masks, args.exact_memory, args.offline
     )
-    painter = TrackPainter(list(tracker.targets))
+    painter = TrackPainter(list(tracker.targets), len(reader))
     with ExitStack() as stack:
         if not args.no_video and not args.offline:
             writer = stack.enter_context(VideoWriter(staging / "annotated.mp4", reader.info.rate, (W, H)))
@@ -129,6 +129,7 @@ def track_with_sam3(reader, targets, args, r, staging: Path, asked: list[int]) -
             if asked:
                 break
     tracker.finish()
+    painter.save_sheet(staging / "frames.png")
     found = tracker.targets
     if args.offline:
         path = detector_path(birth_cost=cfg.new_thr)  # a chain needs what a track needs to begin
@@ -155,12 +156,13 @@ def track_with_motion(reader, targets, args, asked: list[int]) -> tuple[dict[str
 
 def draw(reader: VideoReader, tracks: dict[str, Track], path: Path) -> None:
     """The annotated video of tracks that are complete."""
-    painter, n = TrackPainter(list(tracks)), len(next(iter(tracks.values())).frames)
+    painter = TrackPainter(list(tracks), n := len(next(iter(tracks.values())).frames))
     with VideoWriter(path, reader.info.rate, reader.out_size) as writer:
         for frame in reader.stream(stop=n):
             points = {name: track.frames[frame.index] for name, track in tracks.items()}
             states = {k: "TRACK" if p.visible else "GAP" if p.x is not None else "LOST" for k, p in points.items()}
             writer.write(painter.paint(frame.image, points, states, {}))
+    painter.save_sheet(path.with_name("frames.png"))
 
 
 def main(argv: list[str] | None = None) -> None:

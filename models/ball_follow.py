@@ -1,7 +1,9 @@
 """Which of the candidates of a frame is the ball: states SEARCH, TRACK and LOST, a motion gate, and whom to believe.
 
 A Follower knows no network. It gets the detections of a frame and what a tracker says about its object, and answers
-with the frame's Point, the mask that the tracker shall be seeded with, and events. What it goes by, in this order:
+with the frame's Point, the mask that the tracker shall be seeded with, and events. A track begins with a detection of
+at least new_thr, or where one thing has at least score_thr in `persist` frames in a row and moves; the frames before
+are reported belatedly. From then on, in this order:
 
 1. A detection of this frame inside the gate carries the track, whatever the tracker says. Of several the one with the
    highest evidence counts: score + motion_weight * exp(-(d / gate)^2), d px from where a Kalman filter expects the
@@ -26,6 +28,7 @@ Sources: WASB (arXiv 2311.05237, gate around the prediction), SAMURAI (arXiv 241
 
 import math
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,6 +60,7 @@ class FollowConfig:
     area_ratio: float = 4.0  # largest change of the area against the median of the last ones
     lost_after: int = 1  # frames without evidence until LOST
     forget_after: int = 30  # frames until the gate is the whole picture
+    persist: int = 4  # frames in a row of at least score_thr that begin a track too, if they move; 0: never
     confirm: int = 2  # frames in a row outside the gate that make a new start
     challenge: int = 8  # frames in a row in which another thing scores better until it takes over; 0: never
     lively: float = 1.0  # gates that it moves in them, to take over from what rests; 0: never
@@ -74,8 +78,8 @@ class FollowConfig:
         if not all(0 <= s <= 1 for s in shares) or self.new_thr < self.score_thr:
             raise ValueError(f"FollowConfig: {self}: expected scores and shares in 0..1, and score_thr <= new_thr")
         counts = (self.lost_after, self.confirm, self.min_points, self.trust_min, self.trust_frames)
-        if min(counts) < 1 or min(self.bridge, self.challenge, self.lively) < 0 or self.forget_after < 1:
-            raise ValueError(f"FollowConfig: {self}: frame counts are at least 1, bridge and challenge 0")
+        if min(counts) < 1 or min(self.bridge, self.challenge, self.lively, self.persist) < 0 or self.forget_after < 1:
+            raise ValueError(f"FollowConfig: {self}: frame counts are at least 1, bridge, challenge, persist 0")
         if self.gate <= 0 or min(self.gate_min, self.min_cells) < 0 or self.area_ratio < 1:
             raise ValueError(f"FollowConfig: gate {self.gate}, gate_min {self.gate_min}, area_ratio {self.area_ratio}")
 
@@ -233,7 +237,7 @@ class Follower:
             if other is None:
                 other = Other({})
                 self.others.append(other)
-            keep = max(self.cfg.challenge, self.cfg.confirm)
+            keep = max(self.cfg.challenge, self.cfg.confirm, self.cfg.persist)
             other.row = {k: v for k, v in other.row.items() if k > t - keep and other.t == t - 1}
             other.row[t] = c
             if taken is not None:
@@ -245,12 +249,18 @@ class Follower:
         """Whether this is known as another thing."""
         return o is not None and o.beside >= BESIDE and t - o.beside_t <= self.cfg.forget_after
 
+    def enough(self, row: Collection[Candidate], t: int) -> bool:
+        """Whether one thing's detections in a row can begin a track: one is of new_thr; or, with no track of the last
+        frames to lose, there are many and they move."""
+        good = sum(c.score >= self.cfg.score_thr for c in row)
+        many = 0 < self.cfg.persist <= good and (self.state == SEARCH or self.reach(t) == math.inf)
+        return max((c.score for c in row), default=-1) >= self.cfg.new_thr or many and extent(row) >= 2 * self.near_px
+
     def jump(self, t: int) -> dict[int, Candidate] | None:
         """{frame: detection} of what was seen in `confirm` frames in a row since the object was seen last."""
         for o in sorted((o for o in self.others if o.t == t), key=lambda o: -o.row[t].score):
             row = {k: c for k, c in o.row.items() if k > self.last_t}
-            best = max(c.score for c in row.values()) if row else 0
-            likely = best >= self.cfg.new_thr and self.sized(o.row[t], 2 * self.cfg.area_ratio, 1)
+            likely = self.enough(row.values(), t) and self.sized(o.row[t], 2 * self.cfg.area_ratio, 1)
             if len(row) >= self.cfg.confirm and likely and not self.stranger(o, t):
                 return row
         return None
@@ -283,7 +293,7 @@ class Follower:
         everything = [c for c in candidates if c.area]
         candidates = [c for c in everything if c.score >= self.cfg.score_thr]
         if self.state == SEARCH:
-            return self.search(t, candidates, tracked)
+            return self.search(t, everything, tracked)
         best = max(self.possible(t, candidates, tracked), key=lambda c: self.evidence(c, t, tracked), default=None)
         best = self.weak(t, everything) if best is None else best
         self.watch(t, candidates, best)
@@ -321,12 +331,15 @@ class Follower:
         return max(near, key=lambda c: self.evidence(c, t), default=None)
 
     def search(self, t: int, candidates: list[Candidate], tracked: Candidate | None) -> Decision:
-        """Nothing is known yet: the best detection that may begin a track. It is reported in the frames before, too."""
+        """Nothing is known yet: the best detection that may begin a track. It is reported in the frames before, too,
+        from its first good one on; weak ones between do not end a row."""
         self.watch(t, candidates, None)
-        best = max((o for o in self.others if o.t == t), key=lambda o: o.row[t].score, default=None)
-        if best is None or best.row[t].score < self.cfg.new_thr:
+        ready = (o for o in self.others if o.t == t and self.enough(o.row.values(), t))
+        best = max(ready, key=lambda o: o.row[t].score, default=None)
+        if best is None:
             return Decision(Point(), SEARCH)
-        return self.begin(t, best.row, tracked, "found")
+        first = min(k for k, c in best.row.items() if c.score >= self.cfg.score_thr)
+        return self.begin(t, {k: c for k, c in best.row.items() if k >= first}, tracked, "found")
 
     def take(self, t: int, c: Candidate, tracked: Candidate | None) -> Decision:
         """The track goes on with a detection."""
@@ -336,17 +349,17 @@ class Follower:
         self.learn(c, t, tracked)
         self.place(t, c)
         made = Decision(self.point(c, "detector", c, tracked), TRACK, c, seed=None if agree and not back else c)
-        if back:
-            made.events.append(self.event(t, f"found again after {gap - 1} frames", c))
         self.state = TRACK
+        if back:
+            made.events.append(self.event(t, f"found again after {gap - 1} frame{'s' * (gap > 2)}", c))
         return made
 
     def carry(self, t: int, tracked: Candidate) -> Decision:
         """The track goes on with the tracker alone."""
-        made = Decision(self.point(tracked, "tracker", None, tracked), TRACK, tracked)
-        if self.state == LOST:
-            made.events.append(self.event(t, "taken up by the tracker", tracked))
+        made, lost = Decision(self.point(tracked, "tracker", None, tracked), TRACK, tracked), self.state == LOST
         self.state = TRACK
+        if lost:
+            made.events.append(self.event(t, "taken up by the tracker", tracked))
         self.place(t, tracked)
         return made
 

@@ -97,6 +97,7 @@ def test_the_gate_grows_with_the_gap():
     _, made, points = follow(frames)
     assert [p.x is None for p in points[9:17]] == [False] + 6 * [True] + [False]
     assert made[16].seed is frames[16][0] and made[16].events[0]["reason"] == "found again after 6 frames"
+    assert made[16].events[0]["state"] == TRACK
     assert made[10].events[0]["state"] == LOST and all(m.seed is None or m.state == TRACK for m in made)
 
 
@@ -113,6 +114,22 @@ def test_after_a_long_gap_the_gate_is_the_picture():
     frames = [[ball(*flight(t))] for t in range(10)] + [[]] * 30 + [[ball(1200, 700, 0.6)], [ball(1200, 700, 0.8)]]
     _, _, points = follow(frames)
     assert places(points)[-3:] == [None, None, (1200, 700)]
+
+
+def test_many_weak_detections_on_a_way_begin_a_track():
+    """Scores between score_thr and new_thr for 4 frames, reported from the first one on; what rests begins nothing."""
+    frames = [[ball(*flight(t), 0.5 + 0.04 * (t % 5))] for t in range(12)]
+    _, made, points = follow(frames)
+    assert places(points) == [flight(t) for t in range(12)] and [m.state for m in made[:4]] == 3 * [SEARCH] + [TRACK]
+    frames[2] = [ball(*flight(2), 0.3)]  # half of score_thr: the row goes on
+    assert places(follow(frames)[2]) == [flight(t) for t in range(12)] and follow(frames)[1][3].state == SEARCH
+    frames[0] = [ball(*flight(0), 0.3)]  # but does not begin with it
+    assert places(follow(frames)[2]) == [None] + [flight(t) for t in range(1, 12)]
+    assert places(follow([[ball(900, 600, 0.6)]] * 12)[2]) == 12 * [None]
+    assert places(follow(frames, persist=0)[2]) == 12 * [None]
+    far = [[ball(*flight(t))] for t in range(6)] + [[]] * 31 + [[ball(900 + 9 * t, 80, 0.6)] for t in range(6)]
+    _, made, points = follow(far)
+    assert places(points)[-6:] == [(900 + 9 * t, 80) for t in range(6)] and made[40].events[0]["state"] == TRACK
 
 
 def test_what_stood_beside_is_not_taken_for_the_object():

@@ -256,7 +256,7 @@ def test_files(tmp_path, clip, scripted):
     scripted(kind="random")
     assert infer(path, "--out", tmp_path / "o", *PROMPTS, *LOW, "--masks") == 0
     found = {p.name for p in (tmp_path / "o").iterdir()}
-    assert found == {"tracks.json", "ball.csv", "racket.csv", "tracks.json.meta.json", "annotated.mp4"}
+    assert found == {"tracks.json", "ball.csv", "racket.csv", "tracks.json.meta.json", "annotated.mp4", "frames.png"}
     tracks = read_tracks(tmp_path / "o" / "tracks.json")
     assert tracks.video["num_frames"] == 40 and "stopped_early" not in tracks.video
     assert tracks.model["thresholds"]["new_thr"] == 0.25 and tracks.targets["ball"].prompt == "ball"
@@ -301,7 +301,7 @@ def test_a_stop_keeps_what_was_tracked(tmp_path, clip, scripted, number, code, o
     assert (tracks.video["num_frames"], tracks.video["stopped_early"]) == (12, 40)
     assert len(read_all(tmp_path / "o" / "annotated.mp4")[0]) == 12 and signal.getsignal(number) is before
     assert len((tmp_path / "o" / "ball.csv").read_text().splitlines()) == 13
-    assert len(list((tmp_path / "o").iterdir())) == 5
+    assert len(list((tmp_path / "o").iterdir())) == 6
 
 
 def test_the_second_stop_ends_at_once_and_leaves_nothing(tmp_path, clip, scripted):
@@ -351,7 +351,7 @@ def test_clicks(tmp_path, clip, scripted):
     t = int(np.flatnonzero(np.isfinite(centres[:, 0]))[3])
     x, y = centres[t]
     scripted(kind="right")
-    high = ("--score-thr", "0.19", "--new-thr", "0.9", "--device", "cpu", "--no-video")
+    high = ("--score-thr", "0.19", "--new-thr", "0.9", "--persist", "0", "--device", "cpu", "--no-video")
     assert infer(path, "--out", tmp_path / "a", *PROMPTS, *high, "--correct", f"{t}:{x:.1f},{y:.1f}") == 0
     tracks = read_tracks(tmp_path / "a" / "tracks.json")
     frames = tracks.targets["ball"].frames

@@ -13,6 +13,7 @@ NUMBER = r"\d+(?:\.\d*)?|\.\d+"
 RULES = {  # of models.ball_follow.FollowConfig: what each is, for --help
     "score_thr": "lowest score of a detection",
     "new_thr": "lowest score that begins a track",
+    "persist": "frames in a row from --score-thr on that begin one too, if it moves; 0: never",
     "keep": "share of --score-thr that is enough near where the object is tracked; 1: no less",
     "trk_thr": "lowest object score of a tracker's mask",
     "min_cells": "smallest mask, in cells of the model's own masks",
