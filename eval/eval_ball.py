@@ -74,7 +74,6 @@ def read_clips(args) -> tuple[list[bm.Clip], int]:
     visible = tuple(run.numbers("--visible", args.visible, ",", args.visible.count(",") + 1))
     clips, dropped = [], 0
     for pred_path, label_path in zip(args.pred, args.labels, strict=True):
-        refuse_same_file(pred_path, label_path)
         pred, where = read_ball(pred_path, size, args.target, args.interp), f"--pred {pred_path}"
         own = pred.size or size
         if own is None:
@@ -88,6 +87,8 @@ def read_clips(args) -> tuple[list[bm.Clip], int]:
                             "frames); leave them out, or pass --labelled-only")  # fmt: skip
         same_items(where, "frame", set(pred.frames[~extra].tolist()), set(label.frames.tolist()))
         xy, truth = pred.seen((1, 2, 3))[~extra], label.seen(visible)
+        if np.isfinite(truth).any() or Path(pred_path).resolve() == Path(label_path).resolve():
+            refuse_same_file(pred_path, label_path)  # where no ball is seen, to have said so is no copy
         if np.isfinite(truth).any() and np.array_equal(xy, truth, equal_nan=True):
             raise UserError(f"{where}: holds the labels' own positions in every frame; pass what was predicted")
         score = None if pred.score is None else pred.score[~extra]

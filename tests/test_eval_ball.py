@@ -162,8 +162,11 @@ def test_script_refuses(files, capsys):
         assert evaluate("--pred", a, "--labels", b, "--size", "64x48", *more) == 2
         return capsys.readouterr().err
 
-    rows = [(t, t + 1, 5) for t in range(6)]
+    rows, nothing = [(t, t + 1, 5) for t in range(6)], [(t, None, None) for t in range(6)]
     assert "is the label file" in refused(rows, rows)
+    a, b = (ball_csv(tmp_path / name, nothing) for name in ("a.csv", "b.csv"))
+    assert evaluate("--pred", a, "--labels", b, "--size", "64x48") == 0, "that no ball is there may be right"
+    assert evaluate("--pred", b, "--labels", b, "--size", "64x48") == 2
     assert "the labels' own positions in every frame" in refused([*rows, (6, None, None)], rows, "--labelled-only")
     off = [(t, x + 1, y) for t, x, y in rows]
     assert "1 of 6 frames are missing, as 3" in refused(off[:3] + off[4:], rows)
