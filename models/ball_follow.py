@@ -250,11 +250,13 @@ class Follower:
         return o is not None and o.beside >= BESIDE and t - o.beside_t <= self.cfg.forget_after
 
     def enough(self, row: Collection[Candidate], t: int) -> bool:
-        """Whether one thing's detections in a row can begin a track: one is of new_thr; or, with no track of the last
-        frames to lose, there are many and they move."""
-        good = sum(c.score >= self.cfg.score_thr for c in row)
-        many = 0 < self.cfg.persist <= good and (self.state == SEARCH or self.reach(t) == math.inf)
-        return max((c.score for c in row), default=-1) >= self.cfg.new_thr or many and extent(row) >= 2 * self.near_px
+        """Whether one thing's detections in a row can begin a track: one is of new_thr; or there are many, they move,
+        and there is no track to lose, or one whose detections did not score clearly better."""
+        scores = [c.score for c in row]
+        many = 0 < self.cfg.persist <= sum(s >= self.cfg.score_thr for s in scores)
+        if many and self.state != SEARCH and self.reach(t) < math.inf:
+            many = len(self.scores) > 0 and BETTER * np.mean(scores) >= np.median(self.scores)
+        return max(scores, default=-1) >= self.cfg.new_thr or many and extent(row) >= 2 * self.near_px
 
     def jump(self, t: int) -> dict[int, Candidate] | None:
         """{frame: detection} of what was seen in `confirm` frames in a row since the object was seen last."""

@@ -108,6 +108,9 @@ def test_outside_the_gate_two_frames_in_a_row_make_a_new_start():
     assert places(points)[10:] == [(1100 - 5 * k, 80) for k in range(5)]  # its first frame, belatedly
     weak = [[ball(c.x, c.y, 0.6) for c in f] if t >= 10 else f for t, f in enumerate(frames)]
     assert places(follow(weak)[2])[10:] == 5 * [None]  # below new_thr it begins nothing
+    alike = [[ball(c.x, c.y, 0.6) for c in f] for f in frames]  # unless the object scored no better
+    assert places(follow(alike)[2])[9:] == [flight(9)] + [(1100 - 5 * k, 80) for k in range(5)]
+    assert places(follow(alike[:13])[2])[10:] == 3 * [None]
 
 
 def test_after_a_long_gap_the_gate_is_the_picture():

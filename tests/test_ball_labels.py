@@ -218,6 +218,10 @@ def test_checklist_and_sheet(tmp_path, capsys):
         "5 frames 0..4 (0 between them missing), visibility 0: 1, 1: 4; seen in 4" in said and "10.0/10.0/10.0" in said
     )
     assert "video of 64x48 px, 5 frames" in said and sheet.ndim == 3 and sheet.max() > 200
+    (tmp_path / "clip.csv").rename(tmp_path / "clip_racket.csv")  # as data/rendered_ball.py names them
+    check_ball(args)
+    assert "video of 64x48 px" in capsys.readouterr().out
+    (tmp_path / "clip_racket.csv").unlink()
     write(tmp_path / "clip.csv", TENNIS + "0001.jpg,1,70,20,0\n")
     with pytest.raises(UserError, match="outside the picture of 64x48 px"):
         check_ball(args)

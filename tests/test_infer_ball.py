@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from data.rendered_ball import RenderedBall, write_video
 from data.video import VideoReader, VideoWriter, read_all
@@ -272,6 +273,8 @@ def test_files(tmp_path, clip, scripted):
     assert {e["state"] for e in tracks.events if e["target"] == "ball"} == {"TRACK", "LOST"}
     shown, info, _ = read_all(tmp_path / "o" / "annotated.mp4")
     assert shown.shape == (40, 96, 128, 3) and info.rate == Fraction(30)
+    with Image.open(tmp_path / "o" / "frames.png") as sheet:
+        assert sheet.width > 4 * 2 * 128 and sheet.height > 2 * 2 * 96  # eight frames, twice as large
     meta = json.loads((tmp_path / "o" / "tracks.json.meta.json").read_text())
     assert len(meta["inputs"][0]["sha256"]) == 64 and meta["config"]["score_thr"] == 0.2
 
@@ -288,6 +291,34 @@ def test_colours_of_the_annotated_video(tmp_path, scripted):
     shown, info, _ = read_all(tmp_path / "o" / "annotated.mp4")
     assert (info.width, info.height, len(shown), info.fps) == (128, 96, 6, 25)
     assert shown[3, 75, 105, 0] > 190 > 40 > shown[3, 75, 105, 1] and shown[3, 50, 20, 1] > 170
+
+
+@pytest.mark.parametrize("low, high, least", [(0.201, 0.249, 0.95), (0.16, 0.27, 0.9)])
+def test_scores_below_new_thr_begin_a_track_too(clips, low, high, least):
+    """Scores of the ball between score_thr and new_thr, or on both sides of them: strict recall, found again soon."""
+    right = seen = 0
+    late = []
+    for clip in clips:
+
+        class Low(ScriptedEngine):
+            def detect(self, seen, prompts, score_thr, nms_iou):
+                found = super().detect(seen, prompts, score_thr, nms_iou)
+                return [detections(d.masks, self.rng.uniform(low, high, len(d.masks))) for d in found]
+
+        tracker = BallTracker(
+            Low(clip["masks"]), [Target("ball", "ball")], FollowConfig(score_thr=0.2, new_thr=0.25), (96, 128)
+        )
+        for t, frame in enumerate(clip["frames"]):
+            tracker.step(t, frame)
+        track, centres = tracker.targets["ball"], clip["centres"]["ball"]
+        precision, recall, hidden = figures(track, centres)
+        n = np.isfinite(centres[:, 0])
+        assert hidden == 0 and (precision == 1 or not n.any())
+        right, seen = right + recall * n.sum(), seen + n.sum()
+        back = np.flatnonzero(n[1:] & ~n[:-1]) + 1
+        late += [next((k for k in range(9) if track.frames[min(t + k, 49)].visible), 9) for t in back]
+    print(f"strict recall {right / seen:.3f}, found again after {late} frames")
+    assert right / seen >= least and np.mean(late) < 1
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -423,6 +454,8 @@ def encode(path, pix_fmt="yuv420p", codec="libx264", turn=None, n=3):
         stream.width, stream.height, stream.pix_fmt = 96, 64, pix_fmt
         if turn:
             stream.set_display_rotation(turn)
+        if not n:
+            out.start_encoding()  # a file with a stream and no pictures
         for t in range(n):
             image = np.full((64, 96, 3), 40, np.uint8)
             image[4:20, 4 + t : 20 + t] = 250
@@ -502,7 +535,7 @@ def test_refusals(tmp_path, capsys, clip, snapshot):
         ((tmp_path / "nothing.mp4", *asked), "no such video file"),
         ((tmp_path / "empty.mp4", *asked), "empty"),
         ((tmp_path / "text.mp4", *asked), "not a readable video"),
-        ((tmp_path / "none.mp4", *asked), "none.mp4"),
+        ((tmp_path / "none.mp4", *asked), "has no video stream"),
         ((path, *with_sam), "no --prompt"),
         ((path, *with_sam, "--prompt", "ball"), "NAME=TEXT"),
         ((path, *with_sam, "--prompt", "ball="), "NAME=TEXT"),

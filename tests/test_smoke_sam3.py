@@ -1,4 +1,4 @@
-"""The commands smoke_sam3.py and bench_sam3.py: exit codes, what they write and say."""
+"""The commands smoke_sam3.py, bench_sam3.py and bench_sam3_memory.py: exit codes, what they write and say."""
 
 import importlib.util
 import re
@@ -107,6 +107,32 @@ def test_bench_of_a_video_that_is_too_short(tmp_path, capsys):
             video.write(np.zeros((64, 64, 3), np.uint8))
     assert run.cli(script("bench_sam3").main, ["--device", "cpu", "--video", str(tmp_path / "two.mp4")]) == 2
     assert "two.mp4: 2 frames; expected more than the 2 that are not timed" in capsys.readouterr().err
+
+
+def test_bench_of_memory(tiny, capsys, monkeypatch):
+    """Both parts, made short; what grows, or differs where it must not, is exit code 1."""
+    bench = script("bench_sam3_memory")
+    monkeypatch.setattr(bench, "SETTLED", 8)
+    monkeypatch.setattr(bench, "WINDOW", 4)
+    argv = ["--device", "cpu", "--frames", "22", "--pruned-frames", "42", "--snapshot", str(tiny)]
+    assert run.cli(bench.main, argv) == 0
+    said = capsys.readouterr().out
+    assert "up to 4 given masks bit for bit the same; with 5 to 6, 10 frames" in said and "PASS 22 frames" in said
+    held = [float(x) for x in re.findall(r"resident ([\d.]+) MiB \|", said)]
+    assert len(held) == 11 and min(held) > 100
+    assert bench.resident() == pytest.approx(held[-1], rel=0.2)
+    sizes = iter([100.0] * 10 + [103.0])
+    monkeypatch.setattr(bench, "resident", lambda: next(sizes))
+    assert run.cli(bench.main, [*argv[:-4], "--pruned-frames", "2", *argv[-2:]]) == 1
+    assert "FAIL 22 frames" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv, words", [(["--frames", "11"], "--frames 11: expected 164.."), (["--size", "9x96"], "--size 9x96")]
+)
+def test_bench_of_memory_says_what_is_wrong(argv, words, capsys):
+    assert run.cli(script("bench_sam3_memory").main, [*argv, "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {words}")
 
 
 @pytest.mark.gpu
