@@ -179,17 +179,19 @@ class Attention(nn.Module):
 
 
 class TokenMean(nn.Module):
-    """The other reader of an object's tokens: an MLP of each, averaged. No query chooses, all tokens weigh the same."""
+    """The other reader of an object's tokens: an MLP of each, averaged. No query chooses, all tokens weigh the same.
+    Normed, because beside the seed, which it is added to, the mean of a fresh MLP is nothing: all prompts are alike."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.norm = nn.LayerNorm(dim)
 
     def forward(self, query: torch.Tensor, tokens: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         """As Attention: query (R, 1, D), here without effect, tokens (R, n, D), known bool (R, 1, 1, n), at least one
         of each row -> (R, 1, D)."""
         share = known[:, 0].to(query.dtype) / known[:, 0].sum(-1, keepdim=True)  # (R, 1, n)
-        return share @ self.layers(tokens)
+        return self.norm(share @ self.layers(tokens))
 
 
 class PromptFusion(nn.Module):

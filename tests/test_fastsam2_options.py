@@ -181,8 +181,8 @@ def test_the_mean_of_tokens_counts_what_is_known_and_reaches_every_parameter(num
     with torch.no_grad():
         tokens, known = random(2, 3, 32), torch.tensor([[True, False, True], [False, True, False]])[:, None, None]
         found = fusion.attn(random(2, 1, 32), tokens, known)
-        near(found[0, 0], fusion.attn.layers(tokens[0, [0, 2]]).mean(0))
-        near(found[1, 0], fusion.attn.layers(tokens[1, 1]))
+        near(found[0, 0], fusion.attn.norm(fusion.attn.layers(tokens[0, [0, 2]]).mean(0)))
+        near(found[1, 0], fusion.attn.norm(fusion.attn.layers(tokens[1, 1])))
 
 
 @torch.no_grad()
