@@ -13,14 +13,14 @@ import numpy as np
 from data.rgbd_frames import Augmentation, Frame, FramePoints, frame_points, sample, superpoint_map
 from data.rooms import Room
 from data.scannet import instance_boxes
-from data.scannet_samples import read_index, read_points, read_scene
+from data.scannet_samples import feature_path, read_index, read_points, read_scene
 
 
 @dataclass
 class Clip:
     """T frames of one scene. coords: (N_t, 3) float32 a frame, augmented; matrix (4, 4): the affine part of that.
     objects (K,) int64: instances of the scene; boxes (K, 6) float32: lowest, highest corner of the whole object, moved
-    as the points. images, features: files of each frame, or None."""
+    as the points. images, features: files of each frame, or None; pictures: (H, W, 3) uint8 of rendered frames."""
 
     scene: str
     frames: list[FramePoints]
@@ -30,6 +30,7 @@ class Clip:
     boxes: np.ndarray
     images: list[Path] | None = None
     features: list[Path | None] | None = None
+    pictures: list[np.ndarray] | None = None
 
 
 def make_clip(
@@ -86,13 +87,16 @@ class RoomClips:
         room = Room(self.seed, self.first + k, **self.room)
         start = 0 if self.augment is None else int(rng.integers(len(room)))
         chosen = [(start + self.stride * i) % len(room) for i in range(self.clip_len)]
-        frames = [self.draw(room[i], rng) for i in chosen]
+        shots = [room[i] for i in chosen]
+        frames = [self.draw(shot, rng) for shot in shots]
         xyz, instance = room.outline()
         if self.clip_len == 1:
             centred = frames[0].centred()
             xyz = (xyz + (centred.pose[:3, 3] - frames[0].pose[:3, 3])).astype(np.float32)
             frames = [centred]
-        return make_clip(f"room{self.first + k:04d}", frames, (xyz, instance), self.augment, rng)
+        clip = make_clip(f"room{self.first + k:04d}", frames, (xyz, instance), self.augment, rng)
+        clip.pictures = [shot.colour for shot in shots]
+        return clip
 
 
 class PreparedClips:
@@ -121,10 +125,11 @@ class PreparedClips:
         epoch, k = key if isinstance(key, tuple) else (0, key)
         row, rng = self.rows[k], np.random.default_rng([self.seed, epoch, k])
         if self.views == "sv":
-            names, images, features = [row["frame_path"]], [row["img_path"]], [row.get("clip_feat_path")]
+            names, images = [row["frame_path"]], [row["img_path"]]
+            features = [row.get("clip_feat_path", feature_path(images[0]))]
         else:
             chosen = adjacent(len(row["frame_paths"]), self.clip_len, rng if self.train else None)
-            features = row.get("clip_feat_paths", [None] * len(row["frame_paths"]))
+            features = row.get("clip_feat_paths", [feature_path(name) for name in row["img_paths"]])
             names, images, features = ([v[i] for i in chosen] for v in (row["frame_paths"], row["img_paths"], features))
         frames = [read_points(self.out / name) for name in names]
         if self.train:
@@ -137,6 +142,6 @@ class PreparedClips:
         clip = make_clip(row["scene"], frames, solid, self.augment, rng)
         if self.raw is not None:
             clip.images = [self.raw / name for name in images]
-            paths = [None if name is None else self.raw / name for name in features]
-            clip.features = [p if p is not None and p.is_file() else None for p in paths]
+            paths = [self.raw / name for name in features]
+            clip.features = [path if path.is_file() else None for path in paths]
         return clip
