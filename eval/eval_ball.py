@@ -107,13 +107,23 @@ def ball(args) -> tuple[dict, str]:
     result |= {"distances": bm.distances(clips), "continuity": bm.continuity(clips, ours, args.max_speed)}
     result["baseline"] = bm.score_ball(bm.constant(clips), ours)
     wrong = [bm.score_ball(bm.moved(clips, share), ours) for share in bm.MOVES]
-    result["shuffled"] = {k: float(np.mean([x[k] for x in wrong])) for k in (*bm.NAMES, *bm.rates(wrong[0]))}
+    result["shuffled"] = {k: mean_of([x[k] for x in wrong]) for k in (*bm.NAMES, *bm.rates(wrong[0]))}
     if len(clips) > 1:
         result["by_clip"] = {c.name: bm.score_ball([c], ours) for c in clips}
     show_ball(result, args)
     best = result["scores"]["ours"]
-    figures = ", ".join(f"{k.replace('_', ' ')} {best[k]:.3f}" for k in ("precision", "strict_recall", "strict_f1"))
+    figures = ", ".join(f"{k.replace('_', ' ')} {shown(best[k])}" for k in ("precision", "strict_recall", "strict_f1"))
     return result, f"{figures} ({ours}; n={result['n']})"
+
+
+def mean_of(values: list[float | None]) -> float | None:
+    """Of those that are defined; None where none is."""
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None
+
+
+def shown(value: float | None, digits: int = 3) -> str:
+    return "n/a" if value is None else f"{value:.{digits}f}"
 
 
 def show_ball(result: dict, args) -> None:
@@ -122,14 +132,13 @@ def show_ball(result: dict, args) -> None:
     print(f"{'':20s}" + "".join(f"{k:>10s}" for k in (*bm.NAMES, "acc", "P", "R", "F1", "strict R", "strict F1", "AP")))
     for name, x in (rows | result.get("by_clip", {})).items():
         shares = [x[k] for k in bm.rates(dict.fromkeys(bm.NAMES, 0))] + [x.get("strict_ap")]
-        cells = [f"{x[k]:10.4g}" for k in bm.NAMES] + [f"{'n/a':>10s}" if v is None else f"{v:10.3f}" for v in shares]
+        cells = [f"{x[k]:10.4g}" for k in bm.NAMES] + [f"{shown(v):>10s}" for v in shares]
         print(f"{name[-20:]:20s}" + "".join(cells))
     print("; ".join(f"{k}: {rule}" for k, rule in result["conventions"].items()) + "; controls: as ours; AP: strict")
     d, c = result["distances"], result["continuity"]
     if d["n_both"]:
-        rmse_tp = "n/a" if d["rmse_tp"] is None else f"{d['rmse_tp']:.2f}"
         print(f"distance over {d['n_both']} frames with both: median {d['median']:.2f} px, RMSE {d['rmse']:.2f} px; "
-              f"RMSE of WASB's TP {rmse_tp} px")  # fmt: skip
+              f"RMSE of WASB's TP {shown(d['rmse_tp'], 2)} px")  # fmt: skip
     print(f"gaps {c['gaps']}, longest {c['longest_gap']} frames; longest run without a correct position "
           f"{c['longest_lost']}; jumps (> {args.max_speed} widths a frame) {c['jumps_per_1000']:.1f} of 1000 steps")  # fmt: skip
     if args.labelled_only:
@@ -178,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     json_labels = any(Path(x).suffix.lower() == ".json" for x in args.labels)
     result, figures = objects(args) if json_labels else ball(args)
     perfect = result["hota"]["HOTA"] if json_labels else result["scores"]["ours"]["strict_f1"]
-    if perfect > 0.9999:
+    if perfect is not None and perfect > 0.9999:
         print("WARNING: a perfect score; check that the predictions do not come from the labels before believing it")
     result["settings"] = vars(args)
     if args.json:

@@ -18,7 +18,6 @@ Ctrl-C or SIGTERM: the files are completed up to that frame (video.stopped_early
 """
 
 import argparse
-import shutil
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, fields
@@ -35,6 +34,7 @@ from models.ball_tracking import BallTracker
 from models.sam3_tracker import Sam3Engine
 from utils import run
 from utils.ball_path import PathConfig, detector_path
+from utils.output_folder import results_into
 from utils.run import UserError
 from utils.track_files import Track, Tracks, describe_video, write_all
 from utils.track_inputs import RULES, Target, read_clicks, read_targets, stop_signals
@@ -170,10 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     targets, out = check_args(args), Path(args.out)
     with VideoReader(args.video) as reader, stop_signals() as asked:
         r = run.start(args, argv)
-        existed, staging = out.exists(), out / ".tmp-infer"
-        try:
-            shutil.rmtree(staging, ignore_errors=True)  # of a killed run
-            staging.mkdir(parents=True)
+        with results_into(out, last="tracks.json") as staging:
             if args.detector == "sam3":
                 tracks, events, model = track_with_sam3(reader, targets, args, r, staging, asked)
             else:
@@ -182,12 +179,6 @@ def main(argv: list[str] | None = None) -> None:
                 draw(reader, tracks, staging / "annotated.mp4")
             video = describe_video(reader.info, len(next(iter(tracks.values())).frames), len(reader))
             write_all(staging, Tracks(video, model, tracks, events), vars(args), r.command)
-            for file in sorted(staging.iterdir(), key=lambda p: p.name == "tracks.json"):  # tracks.json comes last
-                file.replace(out / file.name)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-            if not existed and out.exists() and not any(out.iterdir()):
-                out.rmdir()
     seen = [f"{name} in {sum(p.visible for p in track.frames)}" for name, track in tracks.items()]
     early = f", stopped early, of {video['stopped_early']}" if asked else ""
     figures = f"{', '.join(seen)} of {video['num_frames']} frames{early}, {len(events)} events -> {out}/tracks.json"

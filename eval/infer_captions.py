@@ -15,7 +15,6 @@ import base64
 import html
 import io
 import json
-import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -32,6 +31,7 @@ from models.caption_decoding import beam_search, greedy, sample
 from models.fsgr import FSGR
 from utils import overlay, run
 from utils.caption_metrics_other import describe
+from utils.output_folder import results_into
 from utils.picture_files import find_images
 from utils.run import UserError
 from utils.weights import write_sidecar
@@ -146,12 +146,9 @@ def main(argv: list[str] | None = None) -> None:
     for i, text in list(zip(ids, captions, strict=True))[:5]:
         print(f"{i}: {text}")
 
-    # ---- result: into a folder beside, renamed file by file at the end
+    # ---- result
     out, results = Path(args.out), [{"image_id": i, "caption": c} for i, c in zip(ids, captions, strict=True)]
-    existed, staging = out.exists(), out / ".tmp-infer"
-    try:
-        shutil.rmtree(staging, ignore_errors=True)  # of a killed run
-        staging.mkdir(parents=True)
+    with results_into(out) as staging:
         run.write_text_atomic(staging / "captions.json", json.dumps(results, indent=0) + "\n")
         write_sidecar(staging / "captions.json", args.ckpt, {**asdict(cfg), **vars(args)}, paths)
         if args.sheet != "none":
@@ -159,12 +156,6 @@ def main(argv: list[str] | None = None) -> None:
         for path, index in zip(paths, maps, strict=True) if args.semantic_map else ():
             picture = draw_patches(reader.square(path), index.unflatten(0, grid).numpy(), cfg.codebook_names)
             overlay.save_png(staging / f"{path.stem}.semantic.png", picture)
-        for file in sorted(staging.iterdir()):
-            file.replace(out / file.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not existed and out.exists() and not any(out.iterdir()):
-            out.rmdir()
     d, part = describe(captions), ", partial (--limit)" if args.limit else ""
     figures = f"{d['distinct']} distinct, mean length {d['mean length']:.2f} words, {d['empty']} empty"
     result = f"{len(captions)} captions{part}: {figures}, {speed:.1f} images/s -> {out}/captions.json"

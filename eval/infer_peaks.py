@@ -9,7 +9,6 @@ score: spot, probability of the class at that frame; peak, probability that the 
 """
 
 import argparse
-import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from models.mamba2 import describe_impl
 from models.sliding_windows import candidates, score_video, within
 from models.tempopeak import TempoPeak
 from utils import overlay, run
+from utils.output_folder import results_into
 from utils.plots import timeline
 from utils.run import UserError
 from utils.spotting_metrics import nms_e2e, nms_greedy, nms_soft
@@ -169,13 +169,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{path.name}: {len(scores)} frames{vfr}, {n} events above {args.threshold}, {speed:.0f} frames/s")
         found.append((path, item, scores))
 
-    # ---- result: into a folder beside, renamed file by file at the end
+    # ---- result
     out = Path(args.out)
-    existed = out.exists()
-    staging = out / ".tmp-infer"
-    try:
-        shutil.rmtree(staging, ignore_errors=True)  # of a killed run
-        staging.mkdir(parents=True)
+    with results_into(out) as staging:
         items = [item for _, item, _ in found]
         write_predictions(staging / "peaks.json", items)
         write_csv(staging / "peaks.csv", items)
@@ -188,12 +184,6 @@ def main(argv: list[str] | None = None) -> None:
                 shown = [e for e in item["events"] if e["score"] >= args.threshold]
                 timeline(staging / f"{path.stem}.timeline.png", len(scores), item["fps"], curves, shown)
                 draw_strips(path, staging, item, model.cfg, args)
-        for file in sorted(staging.iterdir()):
-            file.replace(out / file.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not existed and out.exists() and not any(out.iterdir()):
-            out.rmdir()
     total = sum(e["score"] >= args.threshold for item in items for e in item["events"])
     run.finish(
         r, args, "TempoPeak", f"{total} events above {args.threshold} in {len(items)} videos -> {out}/peaks.json"

@@ -46,6 +46,7 @@ from models.fastsam2_options import reconfigured
 from utils import overlay, run
 from utils import segment_inputs as user
 from utils import segment_writing as files
+from utils.output_folder import results_into
 from utils.picture_files import find_images
 from utils.run import UserError
 from utils.video_writing import write_frames
@@ -178,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
                     args.draw_score)  # fmt: skip
     given = [*filter(None, [args.refs, args.videos]), *dict.fromkeys(x["mask"] for x in every if "mask" in x)]
 
-    with files.results_into(Path(args.out)) as staging:
+    with results_into(Path(args.out)) as staging:
         (staging / f"{args.task}_overlays").mkdir()
         t = time.perf_counter()
         if videos:

@@ -13,7 +13,6 @@ one answer to the whole photograph, blended. A photograph that fails is reported
 
 import argparse
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from models.vessel_inference import Found, boxes_of, find_with_sa2va, find_with_
 from models.vessel_unet import VesselUNet
 from utils import overlay, run
 from utils.field_of_view import estimate_fov
+from utils.output_folder import results_into
 from utils.picture_files import find_images
 from utils.probability_files import write_failure, write_probability
 from utils.run import UserError
@@ -177,12 +177,9 @@ def main(argv: list[str] | None = None) -> None:
     about = provenance(args, kind, config, weights)
     level = next(x for x in (args.threshold, about["threshold"], 0.5) if x is not None)
 
-    # ---- pictures, into a folder beside; renamed at the end
-    out, staging, failed = Path(args.out), Path(args.out) / ".tmp-infer", []
-    existed, t = out.exists(), time.perf_counter()
-    try:
-        shutil.rmtree(staging, ignore_errors=True)  # of a killed run
-        staging.mkdir(parents=True)
+    # ---- pictures
+    out, failed, t = Path(args.out), [], time.perf_counter()
+    with results_into(out) as staging:
         for name, path in images.items():
             meta = about | {"image": str(path), "image_sha256": file_sha256(path), "answer": None, "grid": None}
             try:
@@ -200,12 +197,6 @@ def main(argv: list[str] | None = None) -> None:
             overlay.save_png(staging / f"{name}.overlay.png", tinted)
             said = "" if found.answer is None else f" | {found.answer}"
             print(f"{name}: {np.mean(found.prob > level):.1%} above {level:g}{said}", flush=True)
-        for file in sorted(staging.iterdir()):
-            file.replace(out / file.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not existed and out.exists() and not any(out.iterdir()):
-            out.rmdir()
     speed = (time.perf_counter() - t) / len(images)
     lost = f", {len(failed)} failed: {', '.join(failed[:8])}" if failed else ""
     run.finish(r, args, "Sa2VA", f"{kind}: {len(images)} pictures{lost}, {speed:.2f} s each -> {out}")

@@ -69,6 +69,25 @@ def test_average_precision():
     better = np.array([0, 2, 0, 0])  # precision 1, 1/2, 2/3, 3/4: the best one at each recall
     assert bm.average_precision(better, np.array([4, 3, 2, 1.0]))["ap"] == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
     assert bm.average_precision(np.array([4, 3]), np.zeros(2)) == {"ap": 0.0, "strict_ap": 0.0}
+    assert bm.average_precision(np.array([4, 2]), np.zeros(2)) == {"ap": None, "strict_ap": None}  # nothing to find
+
+
+@pytest.mark.parametrize(
+    "label, pred, undefined",
+    [
+        (NO, NO, {"precision", "recall", "f1", "strict_recall", "strict_f1", "ap", "strict_ap"}),
+        (NO, (3, 3), {"recall", "strict_recall", "ap", "strict_ap"}),
+        ((3, 3), NO, {"precision"}),
+        ((3, 3), (90, 3), {"recall", "ap"}),  # TrackNet's recall leaves out what was predicted at a wrong place
+        ((3, 3), (3, 3), set()),
+    ],
+)
+def test_what_has_nothing_to_divide_by_is_undefined(label, pred, undefined):
+    """Not 0, which would be the worst score; what is defined is 0 here, but for the right answer."""
+    x = bm.score_ball([clip([label] * 3, [pred] * 3, score=[1, 2, 3])], bm.WASB)
+    for k, value in x.items():
+        if k not in bm.NAMES:
+            assert value == (None if k in undefined else float(label == pred)), k
 
 
 def test_gaps_and_jumps():
@@ -152,6 +171,30 @@ def test_script_on_csv_and_several_clips(files, capsys):
     assert evaluate("--pred", pred, "--labels", labels) == 2 and "pass --size WxH" in capsys.readouterr().err
     assert evaluate(*argv[:2], *argv[3:]) == 2 and "expected pairs in order" in capsys.readouterr().err
     assert evaluate("--pred", tmp_path / "none.csv", "--labels", labels, "--size", "9x9") == 2
+
+
+def test_script_where_no_ball_is_seen(tmp_path, capsys):
+    """n/a, and null in json: for what a clip without a ball does not say, beside one that has scores."""
+    nothing, rows = [(t, None, None) for t in range(6)], [(t, 9 * t + 1, 5) for t in range(6)]
+    a, b, c = (ball_csv(tmp_path / f"{n}.csv", x) for n, x in (("a", nothing), ("b", nothing), ("c", rows)))
+    d = ball_csv(tmp_path / "d.csv", [(t, x + 1, y) for t, x, y in rows])
+    argv = ("--size", "64x48", "--tol-ref", "original", "--json", tmp_path / "r.json")
+    assert evaluate("--pred", a, "--labels", b, *argv) == 0
+    said, x = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
+    lines = {line[:20].strip(): line[70:].split() for line in said.splitlines()}
+    for name in ("ours", "TrackNetV3", "WASB", "control: at rest", "control: shuffled"):
+        assert lines[name] == ["1.000", *["n/a"] * 6], name
+    for scores in (*x["scores"].values(), x["baseline"], x["shuffled"]):
+        assert scores["TN"] == 6 and scores["accuracy"] == 1
+        assert {scores[k] for k in ("precision", "recall", "f1", "strict_recall", "strict_f1")} == {None}
+    assert "precision n/a, strict recall n/a, strict f1 n/a" in said and "WARNING" not in said
+    assert evaluate("--pred", a, d, "--labels", b, c, *argv) == 0
+    x = json.loads((tmp_path / "r.json").read_text())
+    assert x["by_clip"][str(b)]["precision"] is None and x["scores"]["ours"]["precision"] == 1
+    assert 0 <= x["shuffled"]["precision"] < 1
+    assert evaluate("--pred", a, "--labels", c, *argv) == 0  # a ball, but nothing predicted
+    x = json.loads((tmp_path / "r.json").read_text())["scores"]["ours"]
+    assert (x["precision"], x["recall"], x["f1"]) == (None, 0, 0)
 
 
 def test_script_refuses(files, capsys):

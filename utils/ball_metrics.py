@@ -65,33 +65,34 @@ def outcomes(clip: Clip, rule: Convention) -> np.ndarray:
     return np.where(seen & there, np.where(close, 0, 1), np.where(there, 2, np.where(seen, 3, 4)))
 
 
-def rates(counts: dict[str, int]) -> dict[str, float]:
-    """The shares that follow from TP, FP1, FP2, FN, TN; 0 where there is nothing to divide by."""
+def rates(counts: dict[str, int]) -> dict[str, float | None]:
+    """The shares that follow from TP, FP1, FP2, FN, TN. None where there is nothing to divide by: precision where
+    nothing is predicted, recall where nothing is seen, F1 where both; F1 is 2 TP / (what both divide by)."""
     TP, FP1, FP2, FN, TN = (counts[k] for k in NAMES)
-
-    def share(a: float, b: float) -> float:
-        return a / b if b else 0.0
-
-    precision, recall, strict = share(TP, TP + FP1 + FP2), share(TP, TP + FN), share(TP, TP + FP1 + FN)
+    predicted, answered, seen = TP + FP1 + FP2, TP + FN, TP + FP1 + FN
     return {
-        "accuracy": share(TP + TN, TP + FP1 + FP2 + FN + TN), "precision": precision,
-        "recall": recall, "f1": share(2 * precision * recall, precision + recall),
-        "strict_recall": strict, "strict_f1": share(2 * precision * strict, precision + strict),
+        "accuracy": share(TP + TN, predicted + FN + TN), "precision": share(TP, predicted),
+        "recall": share(TP, answered), "f1": share(2 * TP, predicted + answered),
+        "strict_recall": share(TP, seen), "strict_f1": share(2 * TP, predicted + seen),
     }  # fmt: skip
 
 
-def average_precision(found: np.ndarray, score: np.ndarray) -> dict[str, float]:
+def share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def average_precision(found: np.ndarray, score: np.ndarray) -> dict[str, float | None]:
     """AP of all predictions ranked by score: area under the best precision at every recall reached.
 
     found (N,) as of `outcomes`, score (N,). "ap": as WASB, recall without FP1; "strict_ap": of all frames where the
-    ball is seen. Equal scores keep the order of frames.
+    ball is seen; None where there is no such frame. Equal scores keep the order of frames.
     """
     order = np.argsort(-score[found <= 2], kind="stable")
     hits = np.cumsum(found[found <= 2][order] == 0)  # TP among the best k + 1
     precision = hits / np.arange(1, len(hits) + 1)
     best = [precision[hits == n].max() for n in range(1, hits[-1] + 1)] if len(hits) else []
     n = {"ap": np.isin(found, (0, 3)).sum(), "strict_ap": np.isin(found, (0, 1, 3)).sum()}
-    return {k: float(sum(best) / total) if total else 0.0 for k, total in n.items()}
+    return {k: share(float(sum(best)), int(total)) for k, total in n.items()}
 
 
 # ---- distances, gaps, jumps
@@ -147,7 +148,7 @@ def continuity(clips: list[Clip], rule: Convention, max_speed: float) -> dict[st
 
 
 def score_ball(clips: list[Clip], rule: Convention) -> dict:
-    """Counts, rates and AP (None without scores) of all clips together under one convention."""
+    """Counts, rates and AP (None also without scores) of all clips together under one convention."""
     found = np.concatenate([outcomes(c, rule) for c in clips])
     counts = {name: int((found == k).sum()) for k, name in enumerate(NAMES)}
     ap = {"ap": None, "strict_ap": None}

@@ -4,9 +4,6 @@ Shapes: n points, N masks, H W image. Points are x y in px, pixel centres whole.
 id = R + 256 G + 65536 B, 0 void, and segments_info), semantic PNG (the category id of each pixel, 8 or 16 bits).
 """
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,22 +17,6 @@ ON, BESIDE = (90, 230, 130), (255, 92, 92)  # colours of clicks
 
 
 # ---- files
-
-
-@contextmanager
-def results_into(out: Path) -> Iterator[Path]:
-    """A folder whose files and folders go to `out` when all are written, and nowhere when they are not."""
-    staging, existed = out / ".tmp-infer", out.exists()
-    try:
-        shutil.rmtree(staging, ignore_errors=True)  # of a killed run
-        staging.mkdir(parents=True)
-        yield staging
-        for file in sorted(staging.iterdir()):
-            file.replace(out / file.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not existed and out.exists() and not any(out.iterdir()):
-            out.rmdir()
 
 
 def save_picture(path: Path, pixels: np.ndarray) -> None:
