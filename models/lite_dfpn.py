@@ -139,8 +139,10 @@ class LiteDFPN(nn.Module):
         return self
 
     def locate(self, y: torch.Tensor) -> torch.Tensor:
-        """y (B, A, H, W) with two channels more, x and y from -1 to 1 over the map, through a 1x1 convolution."""
+        """y (B, A, H, W) with two channels more, x and y from -1 to 1 over the map, through a 1x1 convolution; H, W > 1.
+        By arange: an exported linspace would keep its length."""
         B, _, H, W = y.shape
-        x_01 = torch.linspace(-1, 1, W, device=y.device, dtype=y.dtype).expand(B, 1, H, W)
-        y_01 = torch.linspace(-1, 1, H, device=y.device, dtype=y.dtype)[:, None].expand(B, 1, H, W)
-        return self.loc_conv(torch.cat([y, x_01, y_01], 1))  # (B, D, H, W)
+        places = [(2 * torch.arange(n, device=y.device, dtype=torch.float32) - (n - 1)) / (n - 1) for n in (H, W)]
+        down, across = (p.to(y.dtype) for p in places)
+        maps = [y, across.expand(B, 1, H, W), down[:, None].expand(B, 1, H, W)]
+        return self.loc_conv(torch.cat(maps, 1))  # (B, D, H, W)

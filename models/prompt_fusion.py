@@ -150,6 +150,20 @@ def under(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return weight @ values.float().flatten(2).transpose(1, 2) / weight.sum(2, keepdim=True).clamp_min(1e-6)
 
 
+def squeezed(masks: torch.Tensor, side: int) -> torch.Tensor:
+    """F.adaptive_avg_pool2d(masks, side) of masks (..., H, W) float32 -> (..., side, side), as two products of sizes
+    that an export can leave open: it would keep the pooling's windows of one size."""
+    windows = []
+    for n in masks.shape[-2:]:
+        cell, px = torch.arange(side, device=masks.device)[:, None], torch.arange(n, device=masks.device)
+        inside = (px >= cell * n // side) & (px * side < (cell + 1) * n)
+        windows.append(inside.float())  # (side, n)
+    down, across = windows
+    with torch.autocast(masks.device.type, enabled=False):
+        total = down @ (masks @ across.T)
+    return total / down.sum(1, keepdim=True) / across.sum(1)
+
+
 class Attention(nn.Module):
     """Multi-head attention with the parameter names of nn.MultiheadAttention; no dropout. width: of all heads' queries,
     keys and values together (None: dim)."""
@@ -264,10 +278,9 @@ class PromptFusion(nn.Module):
         """masks (B, P, m, H, W) of the padded image -> form and place (B, P, m, D): SAM's map of the mask, which is
         squeezed into a square, and the position code, both averaged over the mask."""
         whole = masks.flatten(0, 2)[:, None]  # (R m, 1, H, W)
-        square = F.adaptive_avg_pool2d(whole, MASK_SIDE)
-        form = self.sam.encode_masks((2 * square - 1) * MASK_LOGIT)  # (R m, D, 16, 16)
+        form = self.sam.encode_masks((2 * squeezed(whole, MASK_SIDE) - 1) * MASK_LOGIT)  # (R m, D, 16, 16)
         grid = tuple(form.shape[-2:])
-        tokens = under(F.adaptive_avg_pool2d(whole, grid), form + self.sam.grid_code(grid))
+        tokens = under(squeezed(whole, grid[0]), form + self.sam.grid_code(grid))
         return tokens.reshape(*masks.shape[:3], tokens.shape[-1])
 
     def look_tokens(self, masks: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -279,8 +292,9 @@ class PromptFusion(nn.Module):
 
     def look_at_points(self, points: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """points (B, P, m, 2) px -> a linear map of features (B, D, h, w) there, bilinear: (B, P, m, D)."""
-        size = points.new_tensor([STRIDE * n for n in features.shape[:1:-1]])  # (W, H)
-        grid = 2 * (points + 0.5) / size - 1
+        h, w = features.shape[-2:]
+        x, y = (2 * (points + 0.5)).unbind(-1)
+        grid = torch.stack([x / (STRIDE * w), y / (STRIDE * h)], -1) - 1
         with torch.autocast(features.device.type, enabled=False):
             found = F.grid_sample(features.float(), grid.float(), padding_mode="border", align_corners=False)
         return self.look(found.permute(0, 2, 3, 1))

@@ -62,7 +62,8 @@ class SAMPromptEncoder(nn.Module):
         A point of label -1 is padding: its token is one learned vector, whatever its coordinates.
         """
         H, W = size
-        code = self.pe_layer((points_px.float() + 0.5) / points_px.new_tensor([W, H], dtype=torch.float32))
+        x, y = (points_px.float() + 0.5).unbind(-1)
+        code = self.pe_layer(torch.stack([x / W, y / H], -1))  # no tensor of W and H: an export would keep their values
         code = code.masked_fill((labels == NOT_A_POINT)[..., None], 0.0)
         kinds = torch.cat([self.not_a_point_embed.weight, *(e.weight for e in self.point_embeddings)])  # (5, D)
         return code + F.embedding(labels.long() + 1, kinds)

@@ -3,10 +3,9 @@
 Four graphs: an image -> features, features -> objects, features and any mix of prompts -> masks, and a step of the
 memory: features, what points at objects in this frame, and the state -> masks, presence and the next state. Exported
 with torch.onnx.export(dynamo=True) under torch.no_grad(), from two images, else the batch is closed. What can stay open:
-the batch; of objects and of a step without maps also the features' sides; of the prompts also their number and that of
-clicks, at three times the time to export; the image's sides, in multiples of 32, with the neck's coordinates by arange.
-With prompts the sides are fixed: places and pooled masks become constants of that size, without a word at export. So
-are those of maps, and the memory's places. A kind of prompt that is not used is marked as absent, or left at length 0.
+the batch; the image's sides, in multiples of 32, and with them those of features and mask prompts; of the prompts also
+their number and that of clicks, at three times the time to export. The sides of a memory's maps are fixed, and so are
+its places. A kind of prompt that is not used is marked as absent, or left at length 0.
 """
 
 from functools import partial
@@ -49,16 +48,17 @@ def bend(model: nn.Module) -> None:
             m.dcn_offset.weight.normal_(0, 0.05)
 
 
-def prompts(B: int, P: int, clicks: int) -> tuple[torch.Tensor, ...]:
+def prompts(B: int, P: int, clicks: int, H: int = H, W: int = W) -> tuple[torch.Tensor, ...]:
     """Fields of a PromptBatch, in its order: clicks, boxes, masks and texts, each of some objects only."""
     some = [torch.rand(B, P, 1) > 0.5 for _ in range(3)]
-    corner = torch.rand(B, P, 1, 2) * 40
-    boxes = torch.cat([corner, corner + 20], -1)
-    points, labels = torch.rand(B, P, clicks, 2) * 60, torch.randint(-1, 2, (B, P, clicks))
+    size = torch.tensor([W, H])
+    corner = torch.rand(B, P, 1, 2) * 0.6 * size
+    boxes = torch.cat([corner, corner + 0.3 * size], -1)
+    points, labels = torch.rand(B, P, clicks, 2) * 0.9 * size, torch.randint(-1, 2, (B, P, clicks))
     return points, labels, boxes, some[0], torch.rand(B, P, 1, H, W) > 0.6, some[1], torch.randn(B, P, 1, 16), some[2]
 
 
-def features(B: int) -> torch.Tensor:
+def features(B: int, H: int = H, W: int = W) -> torch.Tensor:
     return torch.randn(B, 32, H // 4, W // 4)
 
 
@@ -208,6 +208,12 @@ def test_a_step_of_the_memory_compiled_without_a_break():
 
 BATCH, SIDES = {0: "batch"}, {0: "batch", 2: "h", 3: "w"}
 PROMPTED, CLICKED = {0: "batch", 1: "prompts"}, {0: "batch", 1: "prompts", 2: "clicks"}
+BLOCKS = [torch.export.Dim(name, min=1, max=64) for name in ("h", "w")]  # of 32 px
+
+
+def open_sides(first: int, px: int) -> dict:
+    """Axes `first` and the next, of `px` to a block."""
+    return {first + k: px * block for k, block in enumerate(BLOCKS)}
 
 
 def export(module: nn.Module, inputs: tuple, axes: tuple):
@@ -262,27 +268,17 @@ def test_onnx_encode_without_deformable_convolutions(model):
         assert_runs_the_same(session, (images,), model.encode(images))
 
 
-def located(neck: LiteDFPN, y: torch.Tensor) -> torch.Tensor:
-    """LiteDFPN.locate with places by arange: torch.export makes a constant of linspace's length."""
-    B, _, h, w = y.shape
-    rows, columns = ((2 * torch.arange(n, dtype=y.dtype) - (n - 1)) / max(n - 1, 1) for n in (h, w))
-    return neck.loc_conv(torch.cat([y, columns.expand(B, 1, h, w), rows[:, None].expand(B, 1, h, w)], 1))
-
-
 @torch.no_grad()
 @pytest.mark.slow
-def test_onnx_encode_of_any_sides(model, monkeypatch):
-    """Multiples of 32, against the network as it is."""
+def test_onnx_encode_of_any_sides(model):
+    """Multiples of 32, against the network that does not sample."""
     torch.manual_seed(0)
-    sides = {k: 32 * torch.export.Dim(name, min=1, max=64) for k, name in ((2, "h"), (3, "w"))}
     cases = [torch.randint(0, 256, shape, dtype=torch.uint8) for shape in ((2, 3, H, W), (1, 3, 128, 32))]
-    want = [model.encode(images) for images in cases]
-    monkeypatch.setattr(LiteDFPN, "locate", located)
     model.neck.sample()
-    session, _ = export(Encode(model), (cases[0],), (BATCH | sides,))
+    session, _ = export(Encode(model), (cases[0],), (BATCH | open_sides(2, 32),))
     model.neck.sample(False)
-    for images, features in zip(cases, want, strict=True):
-        assert_runs_the_same(session, (images,), features)
+    for images in cases:
+        assert_runs_the_same(session, (images,), model.encode(images))
 
 
 @torch.no_grad()
@@ -295,19 +291,20 @@ def test_onnx_objects(model):
 
 
 @torch.no_grad()
-def test_onnx_prompts_of_a_fixed_number(model):
-    """One image and four prompts, the last ones padding where there are fewer."""
+def test_onnx_prompts_of_a_fixed_number_in_images_of_any_sides(model):
+    """One image, larger, smaller or of another form than the exported one, and four prompts: clicks, boxes, masks and
+    texts, the last ones padding where there are fewer."""
     torch.manual_seed(0)
-    f, fields = features(1), prompts(1, 4, 3)
-    session, _ = export(Prompts(model), (f, *fields), ({}, ({},) * 8))
-    assert_runs_the_same(session, (f, *fields), Prompts(model)(f, *fields))
-    for n in (1, 3):
-        f, fewer = features(1), prompts(1, n, 3)
-        padded = [torch.zeros(1, 4, *t.shape[2:], dtype=t.dtype) for t in fewer]
+    sides = [(4, H, W), (4, 128, 32), (4, 160, 224), (4, 32, 32), (1, H, W), (3, 64, 160)]
+    cases = [(features(1, *size), *prompts(1, n, 3, *size)) for n, *size in sides]
+    axes = [{}] * 4 + [open_sides(3, 32)] + [{}] * 3
+    session, _ = export(Prompts(model), cases[0], (open_sides(2, 8), tuple(axes)))
+    for f, *fields in cases:
+        padded = [torch.zeros(1, 4, *t.shape[2:], dtype=t.dtype) for t in fields]
         padded[1].fill_(-1)
-        for whole, part in zip(padded, fewer, strict=True):
-            whole[:, :n] = part
-        assert_runs_the_same(session, (f, *padded), Prompts(model)(f, *fewer))
+        for whole, part in zip(padded, fields, strict=True):
+            whole[:, : part.shape[1]] = part
+        assert_runs_the_same(session, (f, *padded), Prompts(model)(f, *fields))
 
 
 class Clicks(Encode):
@@ -333,10 +330,12 @@ def test_onnx_clicks_alone(model):
 
 @torch.no_grad()
 @pytest.mark.slow
-def test_onnx_prompts_of_any_number(model):
-    torch.manual_seed(0)
-    cases = [(features(B), *prompts(B, P, clicks)) for B, P, clicks in [(2, 3, 2), (1, 1, 1), (3, 9, 5)]]
-    session, _ = export(Prompts(model), cases[0], (BATCH, (CLICKED, CLICKED, *[PROMPTED] * 6)))
+def test_onnx_prompts_of_any_number_and_sides(model):
+    torch.manual_seed(1)
+    sizes = [(2, 3, 2, H, W), (1, 1, 1, 96, 32), (3, 9, 5, 64, 160)]
+    cases = [(features(B, *size), *prompts(B, P, clicks, *size)) for B, P, clicks, *size in sizes]
+    axes = [CLICKED] * 2 + [PROMPTED] * 2 + [PROMPTED | open_sides(3, 32)] + [PROMPTED] * 3
+    session, _ = export(Prompts(model), cases[0], (BATCH | open_sides(2, 8), tuple(axes)))
     for inputs in cases:
         assert_runs_the_same(session, inputs, Prompts(model)(*inputs))
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from models.prompt_fusion import TASKS, PromptBatch, PromptFusion, check_task, route
+from models.prompt_fusion import TASKS, PromptBatch, PromptFusion, check_task, route, squeezed
 
 D, E = 32, 16
 
@@ -145,6 +146,19 @@ def test_a_mask_token_tells_form_and_place():
     assert (here - taller).abs().max() > 0.01
     code = module.sam.grid_code((16, 16))[:, 2:6]  # rows of the cells; columns 2..5 and 10..13
     torch.testing.assert_close(there - here, (code[..., 10:14] - code[..., 2:6]).mean((1, 2)), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("H, W", [(64, 64), (32, 96), (720, 160), (13, 21), (16, 8)])
+def test_masks_are_squeezed_as_adaptive_pooling_does(H, W):
+    """Sharp masks bit for bit, soft ones within 1e-6; autocast or not."""
+    torch.manual_seed(0)
+    soft = torch.rand(2, 1, H, W)
+    for masks, tolerance in (((soft > 0.5).float(), 0), (soft, 1e-6)):
+        for side in (16, 64):
+            want = F.adaptive_avg_pool2d(masks, side)
+            torch.testing.assert_close(squeezed(masks, side), want, rtol=0, atol=tolerance)
+            with torch.autocast("cpu", torch.bfloat16):
+                torch.testing.assert_close(squeezed(masks, side), want, rtol=0, atol=tolerance)
 
 
 @torch.no_grad()
