@@ -17,6 +17,7 @@ from PIL import Image
 from data.rgbd_frames import Frame, frame_points
 from data.rooms import CLASSES, Room
 from data.scannet import TSV, Reconstruction
+from utils.ply_files import write_ply
 from utils.run import new_folder
 
 NAMES = {"wall": (1, 1), "floor": (2, 3), "box": (29, 26), "ball": (40, 168), "drum": (39, 120), "table": (7, 4)}
@@ -54,20 +55,6 @@ def write_room(folder: Path, room: Room, frames: int) -> None:
         for k in range(frames):
             write_frame(tmp, str(k), room[k], labels=True)
         np.savetxt(tmp / "intrinsic.txt", room.intrinsics)
-
-
-def write_ply(path: Path, xyz: np.ndarray, colour: np.ndarray) -> None:
-    """Vertices (N, 3) m with colours (N, 3) 0..1, binary, no faces."""
-    names = [*((k, "<f4") for k in "xyz"), *((k, "u1") for k in ("red", "green", "blue", "alpha"))]
-    rows = np.zeros(len(xyz), names)
-    for k, column in zip("xyz", xyz.T, strict=True):
-        rows[k] = column
-    for k, column in zip(("red", "green", "blue"), np.rint(255 * colour.T), strict=True):
-        rows[k] = column
-    types = "".join(f"property {'float' if t == '<f4' else 'uchar'} {k}\n" for k, t in names)
-    head = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(xyz)}\n{types}element face 0\n"
-    head += "property list uchar int vertex_indices\nend_header\n"
-    path.write_bytes(head.encode() + rows.tobytes())
 
 
 def write_scan(folder: Path, scene: Reconstruction) -> None:
