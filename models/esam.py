@@ -8,6 +8,7 @@ and merge vectors by which instances find their objects (models/instance_merge.p
 nothing before it has learned. B items, T frames, N points, S superpoints, Q queries, C semantic classes, K things.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,8 +37,9 @@ class ESAMConfig:
 
     voxel: m. dim, heads, ffn, levels: of the decoder; a level is SP or P, masks over superpoints or over points, first
     those of the fresh queries. memory_levels: 0..3, strides 2..16. memory_queue: frames that the memory keeps, -1 all;
-    memory_radius: m around the frame beyond which it forgets, None never. tsa_modules, tsa_cell (voxels), tsa_radius
-    (m): of the neck; tsa_stages: stages of the U-Net's encoder that get a module too. fusion: residual or gate, image_*:
+    memory_radius: m around the frame beyond which it forgets, None never. tsa_modules, tsa_cell, tsa_radius (m): of the
+    neck, cells are of the 2^n voxels nearest to tsa_cell; tsa_stages: stages of the U-Net's encoder that get a module
+    too, where voxels are larger than cells with these as cells and the radius growing alike. fusion: residual or gate, image_*:
     of the 2D branch. colour_mean, colour_std: of colours in 0..1.
     """
 
@@ -57,7 +59,7 @@ class ESAMConfig:
     memory_queue: int = -1
     memory_radius: float | None = None
     tsa_modules: int = 2
-    tsa_cell: int = 8
+    tsa_cell: float = 0.16
     tsa_radius: float = 0.3
     tsa_stages: tuple[int, ...] = ()
     fusion: str = "residual"
@@ -74,8 +76,9 @@ class ESAMConfig:
             raise ValueError(f"route {self.route}, stage {self.stage}: expected one of {ROUTES} and of {STAGES}")
         if not 0 <= self.n_stuff < len(self.classes):
             raise ValueError(f"n_stuff {self.n_stuff} of {len(self.classes)} classes: expected at least one thing")
-        if not set(self.tsa_stages) <= set(UNET_STAGES) or not self.voxel > 0:
-            raise ValueError(f"tsa_stages {self.tsa_stages}, voxel {self.voxel}: expected some of {UNET_STAGES}, > 0 m")
+        if not set(self.tsa_stages) <= set(UNET_STAGES) or min(self.voxel, self.tsa_cell, self.tsa_radius) <= 0:
+            raise ValueError(f"tsa_stages {self.tsa_stages}, voxel {self.voxel}, tsa_cell {self.tsa_cell}, tsa_radius "
+                             f"{self.tsa_radius}: expected some of {UNET_STAGES}, and more than 0 m")  # fmt: skip
 
     @property
     def thing_classes(self) -> tuple[str, ...]:
@@ -112,17 +115,18 @@ class ESAM(nn.Module):
         self.cfg, mv = cfg, cfg.stage == "mv"
         self.backbone = Res16UNet(cfg.backbone)
         C, planes = self.backbone.out_channels, cfg.backbone.planes
-        self.stage_tsa = nn.ModuleDict({
-            str(i): TinySANeck(planes[i - 1], modules=1, radius=cfg.tsa_radius, cell=max(cfg.tsa_cell, 2**i))
-            for i in cfg.tsa_stages
-        })  # fmt: skip
+        cell = 2 ** max(0, round(math.log2(cfg.tsa_cell / cfg.voxel)))
+        self.stage_tsa = nn.ModuleDict()
+        for i in cfg.tsa_stages:
+            own = max(cell, 2**i)
+            self.stage_tsa[str(i)] = TinySANeck(planes[i - 1], modules=1, radius=cfg.tsa_radius * own / cell, cell=own)
         self.memory = None
         if mv:
             radius = None if cfg.memory_radius is None else cfg.memory_radius / cfg.voxel
             self.memory = SceneMemory(planes[:4], cfg.memory_levels, queue=cfg.memory_queue, radius=radius)
         self.neck = None
         if cfg.route != "3d":
-            self.neck = TinySANeck(C, modules=cfg.tsa_modules, radius=cfg.tsa_radius, cell=cfg.tsa_cell)
+            self.neck = TinySANeck(C, modules=cfg.tsa_modules, radius=cfg.tsa_radius, cell=cell)
         self.bi_encoder = BiFusion(C, fusion=cfg.fusion, tiny_sa_2d=cfg.image_tsa) if cfg.route == "bif" else None
         self.pool = GeometryAwarePooling(C)
         sizes = (C, cfg.dim, cfg.heads, cfg.ffn, len(cfg.thing_classes), len(cfg.classes))

@@ -165,7 +165,8 @@ class DynamicDecoder(nn.Module):
         """Prompt queries as released (compat): boxes (B, P, 4) in pixels of an image of size (H, W); labels int64
         (B, P), 1 for a point turned into a box of 6 x 6 pixels, 0 for a box -> (B, P, D)."""
         H, W = size
-        boxes_01 = boxes_xyxy_px.float() / boxes_xyxy_px.new_tensor([W, H, W, H], dtype=torch.float32)
+        x0, y0, x1, y1 = boxes_xyxy_px.float().unbind(-1)
+        boxes_01 = torch.stack([x0 / W, y0 / H, x1 / W, y1 / H], -1)  # exports keep the sides open
         kind = self.mask_tokens.weight[0] + self.pb_embedding(labels)
         return kind + self.pos_linear(box_encoding(boxes_01, self.cfg.dim))
 

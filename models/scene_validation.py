@@ -28,6 +28,7 @@ from utils.scene_pictures import Cloud, axes_of, view_pictures
 
 LEAST = tuple(n for n in range(10, MIN_VERTICES + 1) if MIN_VERTICES % n == 0)  # what least may be
 KINDS = ("classes", "agnostic")
+SURE = 0.3  # score from which a prediction is drawn
 
 
 class SceneScores:
@@ -121,12 +122,14 @@ def evaluate(
 
 
 def compare_picture(views: list[View], labels: list[ViewLabels], found: SceneResult, height: int = 240) -> np.ndarray:
-    """The cloud as seen, its labelled and its predicted things side by side, aslant: (height, W, 3) uint8. A predicted
-    thing has the colour of the labelled one that it shares most with, one of its own if that is taken."""
+    """The cloud as seen, its labelled and its predicted things side by side, aslant: (height, W, 3) uint8. Predicted are
+    those of score SURE or more; one has the colour of the labelled thing that it shares most with, one of its own if
+    that is taken."""
     truth = torch.cat([x.instance for x in labels]).cpu().numpy()
     colour = torch.cat([v.colour for v in views]).cpu().numpy()
     ids, said, taken = found.point_ids(), np.full(len(truth), -1), set()
-    for k in range(len(found.masks)):  # the best score first
+    sure = int((found.objects.scores >= SURE).sum())
+    for k in range(sure):  # the best score first
         inside = truth[ids == k]
         votes = np.bincount(inside[inside >= 0], minlength=1)
         own = int(votes.argmax()) if votes.any() else -1
@@ -141,4 +144,4 @@ def compare_picture(views: list[View], labels: list[ViewLabels], found: SceneRes
     for i in (truth, said):
         cloud = Cloud(found.points, colour, i, eyes)
         tiles += view_pictures(cloud, axes, size)[0]
-    return overlay.grid([tiles[0], tiles[1], tiles[3]], 3, ["points", "labelled", f"{len(found.masks)} predicted"])
+    return overlay.grid([tiles[0], tiles[1], tiles[3]], 3, ["points", "labelled", f"{sure} predicted"])

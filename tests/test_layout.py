@@ -33,13 +33,13 @@ BELONGS = {  # folder -> the modules that live there
         sa2va_processor sa2va_video sa2va_losses sa2va_files sa2va_sizes sa2va_names sa2va_released sa2va_training
         sa2va_validation sa2va_lora sa2va_memory vessel_inference
         sam3_tiny sam3_memory sam3_losses ball_follow ball_tracking ball_candidates ball_offline
-        sparse_maps convert_mask3d superpoint_pooling superpoint_decoder esam_losses scene_segmenter scene_validation
+        sparse_maps convert_mask3d superpoint_pooling superpoint_decoder esam_losses scene_segmenter scene_validation esam_training
         decoder_blocks segment_slots segment_stream segment_training video_inference""",
     "data": """video video_index peak_files peak_labels cutaways rally rally_play rally_pictures ball_labels rendered_ball coco_captions caption_vocab caption_files caption_checks coco_classes shape_captions segment_batch segment_checks peak_checks coco_panoptic
         coco_instances sa1b refcoco cityscapes davis ytvis vipseg moving_shapes task_mixture rgbd_folder scannet
         superpoints rooms vessels vessel_items vessel_questions vessel_checks referring_manifest
-        video_clips video_checks pseudo_video segment_sources ball_checks footage rgbd_frames rgbd_checks rgbd_clips room_files scannet_samples esam_views clip_features check_dataset""",
-    "utils": "run weights masks overlay plots ptb_tokenizer caption_metrics caption_metrics_other schedules training_guards panoptic_quality instance_ap segmentation_files segment_writing segment_inputs picture_files click_simulator crops field_of_view probability_files vessel_metrics vessel_controls ball_metrics ball_path ball_smoothing hits hota object_scores track_files track_inputs track_video video_inputs video_writing scannet_classes scannet_metrics scannet_coverage scannet_files posed_views output_folder scene_pictures ply_files partial_weights",
+        video_clips video_checks pseudo_video segment_sources ball_checks footage rgbd_frames rgbd_checks rgbd_clips room_files scannet_samples esam_views esam_items clip_features scene_inputs scene_results check_dataset""",
+    "utils": "run weights masks overlay plots ptb_tokenizer caption_metrics caption_metrics_other schedules training_guards panoptic_quality instance_ap segmentation_files segment_writing segment_inputs picture_files click_simulator crops field_of_view probability_files vessel_metrics vessel_controls ball_metrics ball_path ball_smoothing hits hota object_scores track_files track_inputs track_video video_inputs video_writing scannet_classes scannet_metrics scannet_coverage scannet_files posed_views output_folder scene_pictures ply_files partial_weights scene_geometry evaluation_rows",
     "train": "train",
     "eval": "compare_runs",
 }
