@@ -116,7 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--dim", type=int, default=None, help="width of the queries")
     g.add_argument("--ffn", type=int, default=None, help="hidden width of the decoder's layers")
     g.add_argument("--voxel", type=float, default=None, help="side of a voxel in m")
-    g.add_argument("--memory-levels", default=None, metavar="N,...", help="mv: which of 0..3, strides 2..16")
+    g.add_argument("--memory-levels", default=None, metavar="N,...|none", help="mv: which of 0..3, strides 2..16")
     g.add_argument("--tsa-stages", type=int, nargs="*", default=None, choices=range(1, 5), metavar="N",
                    help="stages of the U-Net's encoder that get a Tiny-SA module too")  # fmt: skip
     g.add_argument("--fusion", default=None, choices=["residual", "gate"], help="bif: how the picture joins the points")
@@ -204,8 +204,9 @@ def build(args, classes: tuple[str, ...]) -> ESAM:
         backbone |= {} if given is None else {name: tuple(given)}
     flags = {k: getattr(args, k) for k in ("dim", "ffn", "voxel", "tsa_stages", "fusion")}
     if args.memory_levels is not None:
-        flags["memory_levels"] = run.numbers(
-            "--memory-levels", args.memory_levels, ",", args.memory_levels.count(",") + 1
+        given = "" if args.memory_levels == "none" else args.memory_levels
+        flags["memory_levels"] = tuple(
+            run.numbers("--memory-levels", given, ",", given.count(",") + 1) if given else ()
         )
     sizes |= {k: v for k, v in flags.items() if v is not None}
     sizes |= {"classes": tuple(classes), "route": args.route, "stage": args.stage, "n_stuff": N_STUFF}
