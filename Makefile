@@ -93,6 +93,7 @@ smoke: setup
 	$(PY) smoke/smoke_fastsam2.py
 	$(PY) smoke/smoke_sa2va.py
 	$(PY) smoke/smoke_sam3.py
+	$(PY) smoke/smoke_esam.py
 
 bench: setup
 	$(PY) smoke/bench_mamba.py
@@ -104,6 +105,7 @@ bench: setup
 	$(PY) smoke/bench_sa2va.py
 	$(PY) smoke/bench_sam3.py
 	$(PY) smoke/bench_sparse.py
+	$(PY) smoke/bench_scene_stream.py
 
 gpu-check: setup
 	$(PY) -m pytest -q -m gpu

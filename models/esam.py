@@ -36,7 +36,9 @@ class ESAMConfig:
     """classes: semantic classes, the first n_stuff are stuff, the others things. agnostic: one class of things.
 
     voxel: m. dim, heads, ffn, levels: of the decoder; a level is SP or P, masks over superpoints or over points, first
-    those of the fresh queries. memory_levels: 0..3, strides 2..16. memory_queue: frames that the memory keeps, -1 all;
+    those of the fresh queries. centred: masks over points see where these are from the middle of the frame's points,
+    so that neither the origin of the world nor the change from single views to clips matters; False: where they are,
+    as released. memory_levels: 0..3, strides 2..16. memory_queue: frames that the memory keeps, -1 all;
     memory_radius: m around the frame beyond which it forgets, None never. tsa_modules, tsa_cell, tsa_radius (m): of the
     neck, cells are of the 2^n voxels nearest to tsa_cell; tsa_stages: stages of the U-Net's encoder that get a module
     too, where voxels are larger than cells with these as cells and the radius growing alike. fusion: residual or gate, image_*:
@@ -54,6 +56,7 @@ class ESAMConfig:
     heads: int = 8
     ffn: int = 1024
     levels: tuple[str, ...] = ("SP", "SP", "P", "P")
+    centred: bool = True
     merge_hidden: int = 512
     memory_levels: tuple[int, ...] = (0, 1, 2, 3)
     memory_queue: int = -1
@@ -201,7 +204,7 @@ class ESAM(nn.Module):
         asking = [slice(None) if v.queries is None else v.queries for v in views]
         out = self.decoder(
             list(pooled),
-            [torch.cat([v.coords, f], 1) for v, f in zip(views, features, strict=True)],
+            [torch.cat([self.places(v), f], 1) for v, f in zip(views, features, strict=True)],
             [p[q] for p, q in zip(pooled, asking, strict=True)],
             [v.superpoint for v in views],
             list(weights),
@@ -209,6 +212,10 @@ class ESAM(nn.Module):
         vectors = None if self.merge_head is None else [self.merge_head(q) for q in out.queries]
         centres = [c[q] for c, q in zip(centres, asking, strict=True)]
         return FrameOutput(out.stages, out.sem, out.queries, vectors, centres, {})
+
+    def places(self, view: View) -> torch.Tensor:
+        """(N, 3) m, what masks over points know of where these are"""
+        return view.coords - view.coords.mean(0) if self.cfg.centred else view.coords
 
     # ---- checkpoints
 

@@ -96,9 +96,9 @@ def evaluate(
     """The network, put into eval mode, on single views (a list of one) or clips -> scores of both KINDS, the number of
     scenes, and seconds per frame without reading the data.
 
-    filters: as released for the network's stage, but with `least` points and more. merge: how frames become a scene, as SceneSegmenter
-    has it. shown: called with (number, views, labels, result) of every scene. A network that knows one class of things
-    has no scores with classes: they are left out.
+    filters: as released for the network's stage, but with `least` points and more. merge: how frames become a scene, as
+    SceneSegmenter has it. shown: called with (number, views, labels, result) of every scene. A network that knows one
+    class of things has no scores with classes: they are left out.
     """
     cfg, device = model.cfg, next(model.parameters()).device
     base = Filters.of(cfg.stage, cfg.agnostic)
@@ -122,9 +122,9 @@ def evaluate(
 
 
 def compare_picture(views: list[View], labels: list[ViewLabels], found: SceneResult, height: int = 240) -> np.ndarray:
-    """The cloud as seen, its labelled and its predicted things side by side, aslant: (height, W, 3) uint8. Predicted are
-    those of score SURE or more; one has the colour of the labelled thing that it shares most with, one of its own if
-    that is taken."""
+    """The cloud as seen, its labelled and its predicted things side by side, aslant: (height, W, 3) uint8. Predictions
+    are those of score SURE or more; one has the colour of the labelled thing that it shares most with, one of its own
+    if that is taken."""
     truth = torch.cat([x.instance for x in labels]).cpu().numpy()
     colour = torch.cat([v.colour for v in views]).cpu().numpy()
     ids, said, taken = found.point_ids(), np.full(len(truth), -1), set()

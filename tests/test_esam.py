@@ -77,6 +77,16 @@ def test_a_fresh_memory_is_none(clips):
     assert outs[0].vectors is not None and outs[0].stages[-1].boxes is not None
 
 
+def test_the_origin_of_the_world_does_not_matter(clips):
+    away = [[dataclasses.replace(v, coords=v.coords + torch.tensor([64 * 0.05, 0, 0])) for v in c[:1]] for c in clips]
+    for centred in (True, False):
+        model = network(centred=centred).eval()
+        with torch.no_grad():
+            base, moved = (model([clip[:1] for clip in c])[0] for c in (clips, away))
+        far = (base.stages[-1].masks[0] - moved.stages[-1].masks[0]).abs().max()
+        assert far < 1e-3 if centred else far > 1e-2
+
+
 def learned(model: ESAM) -> ESAM:
     """Nothing is zero any more, as after some training."""
     generator = torch.Generator().manual_seed(1)

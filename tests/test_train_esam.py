@@ -238,7 +238,8 @@ def settled(*words: str) -> Namespace:
 def test_presets_are_the_tables():
     names = ("lr", "weight_decay", "schedule", "warmup", "epochs", "batch_size", "clip_grad")
     expected = {
-        ("esam", "3d", "sv"): (1e-4, 0.05, "poly", 0, 128, 16, 10), ("esam", "bif", "mv"): (1e-4, 0.05, "poly", 0, 128, 4, 10),
+        ("esam", "3d", "sv"): (1e-4, 0.05, "poly", 0, 128, 16, 10),
+        ("esam", "bif", "mv"): (1e-4, 0.05, "poly", 0, 128, 4, 10),
         ("seed", "3d", "sv"): (6e-4, 0.01, "cosine", 1000, 128, 16, 10),
         ("seed", "3dtsa", "mv"): (6e-4, 0.01, "cosine", 1000, 128, 8, 10),
         ("seed", "bif", "sv"): (5e-4, 0.01, "cosine", 2000, 160, 8, 10),
@@ -425,7 +426,8 @@ class Oracle:
         sem = torch.nn.functional.one_hot(kinds, len(self.cfg.classes) + 1).float()
         stage = Namespace(cls=[cls], masks=[masks], boxes=[boxes] if self.cfg.stage == "mv" else None, level="P")
         return Namespace(stages=[stage], sem=[sem], queries=[torch.zeros(S, 4)], figures={},
-                         vectors=[vectors] if self.cfg.stage == "mv" else None, centres=[torch.zeros(S, 3)]), state  # fmt: skip
+                         centres=[torch.zeros(S, 3)],
+                         vectors=[vectors] if self.cfg.stage == "mv" else None), state  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", ["sv", "mv"])

@@ -1,24 +1,26 @@
 """Train ESAM, Tiny-SA or Bi-Fusion: 3D instances of posed RGB-D, first on single views (sv), then on clips (mv).
 
 python train/train_esam.py --data rooms --planes 16,32,48,64,64,48,32,32 --layers 1,1,1,1,1,1,1,1 --dim 128 --ffn 256 \\
-    --voxel 0.04 --points 3000 --min-points 25 --batch-size 4 --lr 2e-3 --warmup 50 --steps 500 --out runs/rooms_sv
+    --voxel 0.04 --points 3000 --min-points 25 --elastic 0 --batch-size 4 --lr 2e-3 --warmup 50 --steps 600 \\
+    --val-every 600 --out runs/rooms_sv                                               # rendered rooms, 5 CPU minutes
 python train/train_esam.py --stage mv --data rooms --init runs/rooms_sv/last --points 3000 --min-points 25 \\
-    --batch-size 1 --lr 1e-3 --warmup 20 --steps 120 --out runs/rooms_mv              # rendered rooms; README: settings
+    --elastic 0 --batch-size 1 --lr 1e-3 --warmup 10 --steps 160 --val-every 160 --out runs/rooms_mv      # and clips
 torchrun --nproc_per_node=2 train/train_esam.py --route bif --clip weights/clip-vit-base-patch16 --dtype bf16 \\
     --data datasets/scannet200_sv/scannet200_sv_infos_train.json --raw datasets/scannet --workers 8 --out runs/bif_sv \\
     --val-data datasets/scannet200_sv/scannet200_sv_infos_val.json --init runs/3dtsa_sv/best
-torchrun --nproc_per_node=2 train/train_esam.py --route bif --stage mv --init runs/bif_sv/best --dtype bf16 --workers 8 \\
-    --data datasets/scannet200_mv/scannet200_mv_infos_train.json --raw datasets/scannet --out runs/bif_mv \\
-    --val-data datasets/scannet200_mv/scannet200_mv_infos_val.json
+torchrun --nproc_per_node=2 train/train_esam.py --route bif --stage mv --init runs/bif_sv/best --dtype bf16 \\
+    --workers 8 --data datasets/scannet200_mv/scannet200_mv_infos_train.json --raw datasets/scannet \\
+    --out runs/bif_mv --val-data datasets/scannet200_mv/scannet200_mv_infos_val.json
 
 Routes: 3d the U-Net; 3dtsa and a Tiny-SA neck; bif and features of the picture. --init carries over what the other
 checkpoint has, from sv to mv and from route to route, and says what is new; it also gives the sizes of the network, so
-they need not be repeated. A backbone of models/convert_mask3d.py will do as well. Presets fill the flags of "optimizer"
-and the batch: esam is what was published, seed the plan's (its 6e-4 is untested in public; its O2 is --dtype bf16).
---epochs counts passes over the data, --steps optimizer steps; rooms are --rooms an epoch.
-Validation is on the index --val-data or on rooms of another seed; metrics.csv has a row per evaluation and way to count:
-with classes, and agnostic (every thing is one class). Clips are merged online first, then compared with the labels of
-all their points. --lr-sweep trains once with a rate that rises from step to step and says where the loss fell fastest.
+they need not be repeated. A backbone of models/convert_mask3d.py will do as well. Presets fill what is not given of the
+optimizer, the batch and the epochs: esam is what was published, seed the plan's (its 6e-4 is untested in public; its O2
+is --dtype bf16). --epochs counts passes over the data, --steps optimizer steps; an epoch of rooms is --rooms rooms.
+Validation is on the index --val-data or on rooms of another seed; metrics.csv has two rows per evaluation: with classes,
+and agnostic (every thing is one class). Clips are merged online first, then compared with the labels of all their
+points; a prepared clip is a whole scene then. --swa averages weights and statistics as they are, without another pass
+over the data. --lr-sweep trains once with a rate that rises from step to step and says where the loss fell fastest.
 """
 
 import argparse
@@ -133,7 +135,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--backbone-lr", type=float, default=1.0, help="factor on the rate of the U-Net")
     g.add_argument("--pos-embed-lr", type=float, default=1.0, help="factor on the rate of Tiny-SA's pos_embed")
     g.add_argument("--unfreeze", type=int, nargs="*", default=None, choices=UNET_STAGES, metavar="N",
-                   help="stages of the U-Net that learn, 0: stem, 1-4 down, 5-8 up; none named: none (default: all)")  # fmt: skip
+                   help="stages of the U-Net that learn: 0 stem, 1-4 down, 5-8 up; no N: none (default: all)")  # fmt: skip
     g.add_argument("--freeze-bn", action="store_true", help="the U-Net's batch norms keep the statistics of --init")
     g.add_argument("--sync-bn", action="store_true", help="batch norms see the batches of all GPUs")
     g.add_argument(
@@ -195,7 +197,7 @@ def open_data(args) -> tuple[ViewItems, ViewItems | None, tuple[str, ...], bool]
 
 
 def build(args, classes: tuple[str, ...]) -> ESAM:
-    """Sizes: the flags', else those of --resume or --init, else the published ones. The frozen patch weights are set."""
+    """Sizes: the flags', else those of --resume or --init, else the published ones. Patch weights are set by --clip."""
     source = args.resume or args.init
     sizes = known_sizes(source) if source else {}
     backbone = dict(sizes.pop("backbone", {}))
@@ -300,8 +302,8 @@ def main(argv: list[str] | None = None) -> None:
         for module in still:
             module.eval()
 
-    def validate() -> float:
-        """Scores of the weights that are saved, a row each in metrics.csv, val.png. AP, with classes if there are any."""
+    def validate() -> dict[str, float]:
+        """Scores of the weights that are saved: rows of metrics.csv, val.png; with classes if the network has them."""
         shown = []
 
         def draw(n: int, views: list, labels: list, found: SceneResult) -> None:
@@ -310,16 +312,19 @@ def main(argv: list[str] | None = None) -> None:
 
         items = DataLoader(val, batch_size=None, collate_fn=tuple, **load)
         scores, n, per_frame = evaluate(averaged, items, args.min_points, dtype=r.dtype, shown=draw)
-        same = {"time": f"{time.time() - r.t0:.0f}", "route": args.route, "stage": args.stage, "epoch": step // per_epoch,
-                "iter": step, "split": "train" if args.overfit else "val", "n_scenes": n, "s_per_frame": per_frame,
-                "lr": lr, **spent}  # fmt: skip
+        now = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+        split = "train" if args.overfit else "val"
+        same = {"time": now, "route": args.route, "stage": args.stage, "epoch": step // per_epoch, "iter": step,
+                "split": split, "n_scenes": n, "s_per_frame": per_frame, "lr": lr, **spent}  # fmt: skip
         if r.device.type == "cuda":
             same["peak_gpu_mb"] = torch.cuda.max_memory_allocated(r.device) / 2**20
         write_evaluations(out / "metrics.csv", step, [same | {"classes": k} | v for k, v in scores.items()])
         overlay.save_png(out / "val.png", np.concatenate(shown))
         for kind, values in scores.items():
             prefix = "" if kind == "classes" else "agnostic_"
-            run.report(r, out, step, args.steps, **{prefix + k: v for k, v in values.items()})
+            run.report(
+                r, out, step, args.steps, **{k if k in ("mIoU", "mAcc") else prefix + k: v for k, v in values.items()}
+            )
         return scores.get("classes", scores["agnostic"])
 
     # ---- loop
