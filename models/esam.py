@@ -164,8 +164,11 @@ class ESAM(nn.Module):
     # ---- parts of a step
 
     def voxels(self, views: Sequence[View]) -> tuple[SparseTensor, Groups]:
-        """Normalised mean colours (V, 3) and mean positions (V, 3) beside them, and the voxel of each point."""
-        coords = torch.cat([v.coords for v in views])
+        """Normalised mean colours (V, 3) and mean positions (V, 3) beside them, and the voxel of each point.
+
+        Positions are moved by half a voxel: a floor at z = 0 would else fall into two layers by rounding.
+        """
+        coords = torch.cat([v.coords for v in views]) + self.cfg.voxel / 2
         colour = (torch.cat([v.colour for v in views]) - self.colour_mean) / self.colour_std
         sizes = torch.tensor([len(v) for v in views], device=coords.device)
         batch = torch.arange(len(views), device=coords.device).repeat_interleave(sizes, output_size=len(coords))
@@ -189,7 +192,7 @@ class ESAM(nn.Module):
         return x, SceneState(memory)
 
     def middles(self, x: SparseTensor) -> torch.Tensor:
-        """Middles of coarse voxels, (V, 3) m"""
+        """Middles of coarse voxels, (V, 3) m, as positions are"""
         return (x.coords[:, 1:].float() + x.stride / 2) * self.cfg.voxel
 
     def answer(self, features: list[torch.Tensor], views: Sequence[View]) -> FrameOutput:

@@ -115,6 +115,59 @@ def box_iou3d(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return common / (volume_a[:, None] + volume_b - common).clamp_min(1e-6)
 
 
+# ---- cells of space
+
+
+def cell_keys(points: np.ndarray, size: float) -> np.ndarray:
+    """Points (P, 3) -> cells of `size` m, (P,) int64 >= 0, ordered by x, y, z. ValueError beyond +-65,536 or nan."""
+    cell = np.floor(points / size)
+    if not (np.abs(cell + 0.5) < LIMIT).all():
+        raise ValueError(f"points: some are not finite or {LIMIT * size:.0f} m or more from the origin")
+    x, y, z = (cell.astype(np.int64) + LIMIT).T
+    return (x << 2 * BITS) + (y << BITS) + z
+
+
+class Shape:
+    """An object's points (A, 3), the first in each 2 cm cell, by cell: keys (A,) int64 ascending; box (2, 3) corners."""
+
+    def __init__(self):
+        self.keys, self.points = np.zeros(0, np.int64), np.zeros((0, 3), np.float32)
+        self.box = np.array([[np.inf] * 3, [-np.inf] * 3])
+
+    def add(self, points: np.ndarray) -> None:
+        """Points (P, 3) of a frame."""
+        keys, first = np.unique(cell_keys(points, GRAIN), return_index=True)
+        where = np.searchsorted(self.keys, keys)
+        new = np.append(self.keys, -1)[where] != keys  # keys are not negative
+        if new.any():
+            where, points = where[new], points[first[new]]
+            self.keys = np.insert(self.keys, where, keys[new])
+            self.points = np.insert(self.points, where, points, axis=0)
+            self.box = np.stack((np.minimum(self.box[0], points.min(0)), np.maximum(self.box[1], points.max(0))))
+
+    def near(self, points: np.ndarray, box: np.ndarray) -> bool:
+        """Whether more than a tenth of the points (P, 3), whose box is (2, 3), or of its own is nearer than 5 cm to the
+        other. Only those in the box of the other, grown by 5 cm, are compared."""
+        slab = np.floor((box[:, 0] + (-NEAR, NEAR)) / GRAIN).astype(np.int64) + LIMIT + (-1, 2)  # cells in x
+        start, end = np.searchsorted(self.keys, slab << 2 * BITS)
+        a, b = inside(self.points[start:end], box), inside(points, self.box)
+        sides = ((a, b, len(self.points)), (b, a, len(points)))
+        return any(len(x) > SHARE * n and count_near(x, y) > SHARE * n for x, y, n in sides)
+
+
+def count_near(points: np.ndarray, others: np.ndarray) -> int:
+    """How many of points (P, 3) are nearer than 5 cm to one of the others (Q, 3)."""
+    tree = cKDTree(others, balanced_tree=False, compact_nodes=False)  # built for one query
+    return int(np.isfinite(tree.query(points, distance_upper_bound=NEAR)[0]).sum())
+
+
+def inside(points: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Those of points (P, 3) in box (2, 3), grown by 5 cm."""
+    for axis, (low, high) in enumerate(zip(box[0] - NEAR, box[1] + NEAR, strict=True)):
+        points = points[(points[:, axis] >= low) & (points[:, axis] <= high)]
+    return points
+
+
 # ---- memories of masks
 
 
@@ -167,11 +220,7 @@ class VoxelVotes:
 
     def keys_of(self, points: np.ndarray) -> np.ndarray:
         """Points (P, 3) -> (P,) int64, ascending in x, y, z. ValueError beyond +-65,536 voxels or for nan."""
-        cell = np.floor(np.asarray(points, np.float64) / self.voxel)
-        if not (np.abs(cell + 0.5) < LIMIT).all():
-            raise ValueError(f"points: some are not finite or {LIMIT * self.voxel:.0f} m or more from the origin")
-        x, y, z = (cell.astype(np.int64) + LIMIT).T
-        return (x << 2 * BITS) + (y << BITS) + z
+        return cell_keys(np.asarray(points, np.float64), self.voxel)
 
     def add(self, masks: np.ndarray, ids: np.ndarray, points: np.ndarray | None) -> None:
         """Masks (n, P) bool of one frame, their objects (n,) int64 and the points (P, 3)."""
@@ -192,7 +241,7 @@ class VoxelVotes:
     def grow(self, keys: np.ndarray) -> None:
         """Room for the voxels (U,) that are new, ascending."""
         where = np.searchsorted(self.keys, keys)
-        new = np.append(self.keys, -1)[where] != keys  # keys are not negative
+        new = np.append(self.keys, -1)[where] != keys
         if new.any():
             where = where[new]
             self.keys = np.insert(self.keys, where, keys[new])
@@ -248,12 +297,9 @@ class OnlineMerge:
     """
 
     def __init__(
-        self,
-        mode: str = "online",
-        top: int = 100,
-        memory: FrameMasks | VoxelVotes | None = None,
+        self, mode: str = "online", top: int = 100, memory: FrameMasks | VoxelVotes | None = None,
         max_objects: int | None = None,
-    ):
+    ):  # fmt: skip
         if mode not in MODES:
             raise ValueError(f"mode {mode}: expected one of {', '.join(MODES)}")
         if max_objects is not None and not isinstance(memory, VoxelVotes):
@@ -261,7 +307,7 @@ class OnlineMerge:
         self.mode, self.top, self.max_objects = mode, top, max_objects
         self.memory = FrameMasks() if memory is None else memory
         self.objects: Objects | None = None
-        self.shapes: dict[int, np.ndarray] = {}  # geometric: points of each object, one in 2 cm
+        self.shapes: dict[int, Shape] = {}  # geometric: of each object
         self.next_id = 0
 
     def push(self, frame: FrameInstances) -> torch.Tensor:
@@ -294,18 +340,14 @@ class OnlineMerge:
         """ValueError when lengths differ, a value is not finite or points are needed and absent."""
         n = {f.name: len(getattr(frame, f.name)) for f in fields(frame) if f.name != "points"}
         if len(set(n.values())) > 1 or frame.masks.dim() != 2 or frame.masks.dtype != torch.bool:
-            raise ValueError(
-                f"instances {n}, masks {tuple(frame.masks.shape)} {frame.masks.dtype}: expected n each, bool"
-            )
+            raise ValueError(f"sizes {n}, masks {tuple(frame.masks.shape)} {frame.masks.dtype}: expected n each, bool")
         for name in MEANS:
             if not torch.isfinite(getattr(frame, name)).all():
                 raise ValueError(f"{name} of a frame: some are not finite; leave such instances out")
         if frame.points is None and (self.mode == "geometric" or isinstance(self.memory, VoxelVotes)):
             raise ValueError("points of a frame: geometric merging and voxel memory need them")
         if frame.points is not None and frame.points.shape != (frame.masks.shape[1], 3):
-            raise ValueError(
-                f"points {tuple(frame.points.shape)}: expected ({frame.masks.shape[1]}, 3) as in the masks"
-            )
+            raise ValueError(f"points {tuple(frame.points.shape)}: expected ({frame.masks.shape[1]}, 3) as the masks")
 
     def partners(self, frame: FrameInstances) -> torch.Tensor:
         """Row of the object that each instance belongs to (n,) int64, -1 where it is new."""
@@ -323,14 +365,18 @@ class OnlineMerge:
 
     def nearest_shapes(self, frame: FrameInstances, row: torch.Tensor) -> torch.Tensor:
         """Each instance takes the first object of its label, not yet taken, whose points are near its own."""
-        points, labels = frame.points.cpu().numpy(), self.objects.labels.tolist()
-        ids, taken = self.objects.ids.tolist(), set()
-        for k, (mask, label) in enumerate(zip(frame.masks.cpu().numpy(), frame.labels.tolist(), strict=True)):
-            for i in range(len(ids)):
-                if i not in taken and labels[i] == label and near(self.shapes[ids[i]], points[mask]):
-                    row[k] = i
-                    taken.add(i)
-                    break
+        points, masks = frame.points.detach().cpu().numpy(), frame.masks.cpu().numpy()
+        labels, own_labels = self.objects.labels.cpu().numpy(), frame.labels.tolist()
+        shapes = [self.shapes[i] for i in self.objects.ids.tolist()]
+        low, high = np.stack([x.box for x in shapes], 1) + np.array([[[-NEAR]], [[NEAR]]])  # (O, 3) each
+        free = np.ones(len(shapes), bool)
+        for k in np.flatnonzero(masks.any(1)).tolist():
+            own = points[masks[k]]
+            box = np.stack((own.min(0), own.max(0))).astype(np.float64)
+            meet = free & (labels == own_labels[k]) & (low <= box[1]).all(1) & (high >= box[0]).all(1)
+            found = next((i for i in np.flatnonzero(meet).tolist() if shapes[i].near(own, box)), None)
+            if found is not None:
+                row[k], free[found] = found, False
         return row
 
     def remember(self, frame: FrameInstances, ids: torch.Tensor) -> None:
@@ -339,7 +385,7 @@ class OnlineMerge:
         points = None if frame.points is None else frame.points.detach().cpu().numpy()
         self.memory.add(masks, own, points)
         for mask, i in zip(masks, own.tolist(), strict=True) if self.mode == "geometric" else ():
-            self.shapes[i] = thinned(np.concatenate((self.shapes.get(i, points[:0]), points[mask])))
+            self.shapes.setdefault(i, Shape()).add(points[mask])
         if self.max_objects is None or len(self.objects) <= self.max_objects:
             return
         every = self.objects.ids.cpu().numpy()
@@ -349,7 +395,8 @@ class OnlineMerge:
         gone = np.delete(every, keep)
         self.memory.forget(gone)
         self.objects = self.objects[torch.as_tensor(keep, device=ids.device)]
-        self.shapes = {i: x for i, x in self.shapes.items() if i not in set(gone.tolist())}
+        for i in gone.tolist() if self.shapes else ():
+            del self.shapes[i]
 
     def result(self) -> SceneInstances:
         """The `top` objects by score, best first, or all in the order of their appearance when there are fewer. With
@@ -368,33 +415,17 @@ class OnlineMerge:
     def nbytes(self) -> int:
         """Bytes of objects and masks."""
         tables = [] if self.objects is None else [getattr(self.objects, f.name) for f in fields(self.objects)]
-        return sum(x.nbytes for x in (*tables, *self.shapes.values())) + self.memory.nbytes()
-
-
-def near(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether more than a tenth of the points of (A, 3) or of (B, 3) is nearer than 5 cm to the other."""
-    if not len(a) or not len(b) or (a.min(0) - NEAR > b.max(0)).any() or (b.min(0) - NEAR > a.max(0)).any():
-        return False
-    pairs = ((cKDTree(a), b), (cKDTree(b), a))
-    return any(np.isfinite(tree.query(x, distance_upper_bound=NEAR)[0]).mean() > SHARE for tree, x in pairs)
-
-
-def thinned(points: np.ndarray) -> np.ndarray:
-    """The first point of every 2 cm cell, (A, 3) -> (B, 3)."""
-    cells = np.floor(points / GRAIN).astype(np.int64)
-    return points[np.sort(np.unique(cells, axis=0, return_index=True)[1])]
+        shapes = [x for shape in self.shapes.values() for x in (shape.keys, shape.points, shape.box)]
+        return sum(x.nbytes for x in (*tables, *shapes)) + self.memory.nbytes()
 
 
 # ---- to a reconstruction
 
 
 def to_vertices(
-    masks: np.ndarray,
-    points: np.ndarray,
-    vertices: np.ndarray,
-    semantic: np.ndarray | None = None,
+    masks: np.ndarray, points: np.ndarray, vertices: np.ndarray, semantic: np.ndarray | None = None,
     segments: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray | None]:
+) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
     """Masks (O, M) bool and classes (M,) int64 of points (M, 3) -> (O, Q) and (Q,) of vertices (Q, 3), by the nearest.
 
     segments (Q,) int64: each segment then takes the class of most of its vertices, the lowest when tied, and an object
@@ -409,11 +440,8 @@ def to_vertices(
         return masks, semantic
     segment = np.unique(segments, return_inverse=True)[1]
     size = np.bincount(segment)
-    masks = (
-        np.stack([(2 * np.bincount(segment[m], minlength=len(size)) > size)[segment] for m in masks])
-        if len(masks)
-        else masks
-    )
+    own = [(2 * np.bincount(segment[m], minlength=len(size)) > size)[segment] for m in masks]
+    masks = np.stack(own) if own else masks
     if semantic is not None:
         kinds, kind = np.unique(semantic, return_inverse=True)
         votes = np.bincount(segment * len(kinds) + kind, minlength=len(size) * len(kinds))

@@ -87,6 +87,17 @@ def test_the_origin_of_the_world_does_not_matter(clips):
         assert far < 1e-3 if centred else far > 1e-2
 
 
+def test_a_floor_at_zero_is_one_layer_of_voxels():
+    xy = torch.rand(400, 2) * 2
+    floor = torch.cat([xy, 1e-6 * torch.randn(400, 1)], 1)
+    model = network()
+    x, points = model.voxels([View(floor, torch.rand(400, 3), torch.zeros(400, dtype=torch.int64))])
+    assert set(x.coords[:, 3].tolist()) == {0}
+    torch.testing.assert_close(x.features[:, 3:], points.mean(floor) + 0.025)
+    inside = (model.middles(x) - x.features[:, 3:]).abs()
+    assert inside.max() <= 0.05 / 2 + 1e-6
+
+
 def learned(model: ESAM) -> ESAM:
     """Nothing is zero any more, as after some training."""
     generator = torch.Generator().manual_seed(1)

@@ -196,9 +196,72 @@ def test_concat_and_geometric_modes():
 
 def test_near_is_a_share_of_either_side():
     line = np.stack([np.arange(100) * 0.2, np.zeros(100), np.zeros(100)], 1)
-    assert not im.near(line, np.concatenate((line[:1] + [0, 0.04, 0], line[:19] + [0, 0, 9])))  # 1 of 100, 1 of 20
-    assert im.near(line, np.concatenate((line[:1] + [0, 0.04, 0], line[:8] + [0, 0, 9])))  # 1 of 9
-    assert not im.near(line, line + [0, 0.06, 0]) and not im.near(line, line[:0])
+
+    def near(points, others):
+        shape = im.Shape()
+        shape.add(points)
+        return shape.near(others, np.stack((others.min(0), others.max(0))))
+
+    def some(n):
+        return np.concatenate((line[:1] + [0, 0.04, 0], line[: n - 1] + [0, 0, 9]))
+
+    assert not near(line, some(20)) and not near(some(20), line)  # 1 of 100, 1 of 20
+    assert not near(line, some(10)) and not near(some(10), line)  # a tenth is not more than a tenth
+    assert near(line, some(9)) and near(some(9), line)
+    assert not near(line, line + [0, 0.06, 0]) and not near(line[:9], line[50:])
+
+
+def test_a_shape_keeps_the_first_point_of_each_cell():
+    rng, shape, first = np.random.default_rng(8), im.Shape(), {}
+    for n in (30, 0, 200, 200):
+        points = rng.uniform(-0.1, 0.1, (n, 3)).astype(np.float32)
+        shape.add(points)
+        for p in points:
+            first.setdefault(tuple(np.floor(p / im.GRAIN).tolist()), p)
+        assert shape.keys.tolist() == sorted(set(shape.keys.tolist())) and len(shape.keys) == len(first)
+        assert (shape.points == np.array([first[c] for c in sorted(first)])).all()
+    assert (shape.box == (shape.points.min(0), shape.points.max(0))).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_geometric_merging_is_the_rule(seed):
+    """Blobs of two labels, some empty, against all distances; objects keep the first point of each 2 cm cell."""
+    rng, merge, known, merged = np.random.default_rng(seed), im.OnlineMerge("geometric"), [], 0
+    for _ in range(8):
+        xyz = np.repeat(rng.uniform(-0.5, 0.5, (6, 3)), 40, 0) + rng.uniform(0.02, 0.1) * rng.standard_normal((240, 3))
+        f = frame(rng, 6, points=240, xyz=xyz)
+        f.masks[:] = torch.arange(240) // 40 == torch.arange(6)[:, None]
+        f.masks[0] &= bool(rng.integers(0, 2))
+        ids, taken = [], set()
+        for mask, label in zip(f.masks.numpy(), f.labels.tolist(), strict=True):
+            own, found = f.points.numpy()[mask], None
+            for i, (kind, points) in enumerate(known[: len(known) if len(own) else 0]):
+                if kind == label and len(points) and i not in taken and found is None:
+                    close = (
+                        np.linalg.norm(np.array(list(points.values()))[:, None].astype(float) - own, axis=2) < im.NEAR
+                    )
+                    found = i if max(close.any(0).mean(), close.any(1).mean()) > im.SHARE else None
+            taken.add(found)
+            ids.append((found, own, label))
+        want = []
+        for found, own, label in ids:
+            merged += found is not None
+            want.append(len(known) if found is None else found)
+            if found is None:
+                known.append((label, {}))
+            for p in own:
+                known[want[-1]][1].setdefault(tuple(np.floor(p / im.GRAIN).tolist()), p)
+        assert merge.push(f).tolist() == want
+    assert merged >= 5 and len(known) > 12
+
+
+def test_shapes_are_forgotten_with_their_objects():
+    rng = np.random.default_rng(9)
+    merge = im.OnlineMerge("geometric", memory=im.VoxelVotes(0.1), max_objects=8)
+    for k in range(6):
+        merge.push(frame(rng, 3, points=200, xyz=rng.uniform(0, 0.3, (200, 3)) + 5 * k))
+        assert sorted(merge.shapes) == merge.objects.ids.tolist() and len(merge.shapes) <= 8
+    assert merge.next_id > 8 and merge.nbytes() > sum(s.points.nbytes + s.keys.nbytes for s in merge.shapes.values())
 
 
 # ---- memory
