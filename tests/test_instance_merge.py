@@ -209,6 +209,9 @@ def test_near_is_a_share_of_either_side():
     assert not near(line, some(10)) and not near(some(10), line)  # a tenth is not more than a tenth
     assert near(line, some(9)) and near(some(9), line)
     assert not near(line, line + [0, 0.06, 0]) and not near(line[:9], line[50:])
+    for step in np.eye(3):
+        for way in (-1, 1):
+            assert near(line[:1], line[:1] + 0.049 * way * step) and not near(line[:1], line[:1] + 0.051 * way * step)
 
 
 def test_a_shape_keeps_the_first_point_of_each_cell():
@@ -232,6 +235,7 @@ def test_geometric_merging_is_the_rule(seed):
         f = frame(rng, 6, points=240, xyz=xyz)
         f.masks[:] = torch.arange(240) // 40 == torch.arange(6)[:, None]
         f.masks[0] &= bool(rng.integers(0, 2))
+        f.masks[1], f.labels[1] = f.masks[2], f.labels[2]  # only one of them gets the object
         ids, taken = [], set()
         for mask, label in zip(f.masks.numpy(), f.labels.tolist(), strict=True):
             own, found = f.points.numpy()[mask], None
