@@ -17,7 +17,8 @@ is the scene's. Writes to OUT, which eval/eval_scannet.py reads as --pred:
     summary.json  summary.json.meta.json   objects of every scene, and what they were made from
 Points are voxels of 2 cm, or with --mesh the vertices of a reconstruction in the same world; --segments (ScanNet's
 segs.json) makes each segment wholly in an object or not. A checkpoint of single views (stage sv) has no merge vectors:
-its frames are merged by geometry. What is remembered of a scene is constant per place.
+its frames are merged by geometry. --merge voted: a query is one instance, whatever its class, and the instances of an
+object vote for its class; published is that only those of one class meet. What is remembered of a scene is constant per place.
 
 Networks learn with z up. --up auto turns worlds in which cameras do not stand upright (7-Scenes); boxes are then those
 of the turned world, `turn` (3, 3) takes points there. ids of classes are ScanNet's where the names are; rendered rooms
@@ -160,9 +161,11 @@ def main(argv: list[str] | None = None) -> None:
     scenes = open_scenes(args)
     model, r = ESAM.from_checkpoint(args.ckpt).eval(), run.start(args, argv)
     cfg = model.cfg
-    if args.merge == "online" and cfg.stage == "sv":
-        raise UserError(f"--merge online: {args.ckpt} is of stage sv, without merge vectors; use geometric or concat")
-    filters = replace(Filters.of("mv", cfg.agnostic), min_points=args.min_points)
+    if args.merge in ("online", "voted") and cfg.stage == "sv":
+        raise UserError(
+            f"--merge {args.merge}: {args.ckpt} is of stage sv, without merge vectors; use geometric or concat"
+        )
+    filters = replace(Filters.of("mv", cfg.agnostic or args.merge == "voted"), min_points=args.min_points)
     filters = filters if args.score is None else replace(filters, score_threshold=args.score)
     segmenter = SceneSegmenter(model.to(r.device), args.merge, filters, top=args.top, dtype=r.dtype)
 

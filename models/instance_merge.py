@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
 
-MODES = ("online", "geometric", "concat")
+MODES = ("online", "voted", "geometric", "concat")
 NEAR, SHARE, GRAIN = 0.05, 0.1, 0.02  # geometric: metres between points, share of points, metres between kept points
 LIMIT, BITS = 2**16, 17  # voxel coordinates -LIMIT .. LIMIT - 1 in BITS bits each
 
@@ -290,8 +290,8 @@ class VoxelVotes:
 class OnlineMerge:
     """The objects of one scene, frame by frame.
 
-    mode online: merge vectors, boxes and labels decide (Hungarian); geometric: points nearer than 5 cm for more than a
-    tenth of either side, first come first served; concat: nothing is merged. The latter two are for comparison.
+    mode online: merge vectors, boxes and labels decide (Hungarian); voted: labels need not agree; geometric: points
+    nearer than 5 cm for over a tenth of either side, first come first served; concat: nothing is merged.
     memory: FrameMasks() keeps every mask, VoxelVotes() has constant memory per place. top: objects that `result` gives.
     max_objects: with more, those that cover the least of the scene are forgotten (None: never).
     """
@@ -357,7 +357,8 @@ class OnlineMerge:
         if self.mode == "geometric":
             return self.nearest_shapes(frame, row)
         similar = (self.objects.vectors @ frame.vectors.float().T) * box_iou3d(self.objects.boxes, frame.boxes.float())
-        similar = similar.clamp_min(0) * (self.objects.labels[:, None] == frame.labels)  # (O, n)
+        agree = (self.objects.labels[:, None] == frame.labels) | (self.mode == "voted")
+        similar = similar.clamp_min(0) * agree  # (O, n)
         i, j = (torch.as_tensor(x, device=row.device) for x in linear_sum_assignment(similar.cpu(), maximize=True))
         good = similar[i, j] > 0
         row[j[good]] = i[good]

@@ -31,14 +31,16 @@ OBJECTS = 1000  # most objects of a scene; beyond it those that cover the least 
 
 @dataclass(frozen=True)
 class Filters:
-    """Which instances of a frame are kept. topk: pairs of query and class that are looked at; score_threshold, min_points:
-    more than these; mask_threshold: probability from which a point belongs; agnostic: all things are one class."""
+    """Which instances of a frame are kept. topk: pairs of query and class that are looked at; score_threshold,
+    min_points: more than these; mask_threshold: probability from which a point belongs; agnostic: all things are one class. joint:
+    scores and suppression as if they were, the label is the likeliest: a query then is one instance at most."""
 
     topk: int = 20
     score_threshold: float = 0.3
     min_points: int = 100
     mask_threshold: float = 0.4
     agnostic: bool = False
+    joint: bool = False
 
     def __post_init__(self):
         if self.topk < 1 or self.min_points < 0 or not 0 <= self.score_threshold < 1 or not 0 < self.mask_threshold < 1:
@@ -66,7 +68,8 @@ def frame_instances(out, b: int, view: View, filters: Filters, points: Tensor | 
         raise ValueError(f"{len(view.queries)} of the superpoints ask: expected queries None, all of them")
     points, stage = view.coords if points is None else points, out.stages[-1]
     classes = stage.cls[b].float().softmax(-1)[:, :-1]  # (Q, K), the last is "no object"
-    classes = classes.sum(1, keepdim=True) if filters.agnostic else classes
+    likeliest = classes.argmax(1) if filters.joint else None
+    classes = classes.sum(1, keepdim=True) if filters.agnostic or filters.joint else classes
     K = classes.shape[1]
     scores, pair = classes.flatten().topk(min(filters.topk, classes.numel()))
     query, labels = pair // K, pair % K
@@ -86,7 +89,8 @@ def frame_instances(out, b: int, view: View, filters: Filters, points: Tensor | 
         boxes = boxes + (points - view.coords).mean(0).repeat(2)
     vectors = scores.new_zeros(len(query), 0) if out.vectors is None else out.vectors[b][query].float()
     queries, logits = out.queries[b][query].float(), out.sem[b][query, :-1].float()
-    return FrameInstances(masks, labels[order], scores[keep], vectors, boxes, queries, logits, points)
+    labels = labels[order] if likeliest is None else likeliest[query]
+    return FrameInstances(masks, labels, scores[keep], vectors, boxes, queries, logits, points)
 
 
 def mask_boxes(masks: Tensor, points: Tensor) -> Tensor:
@@ -195,7 +199,8 @@ class PointClouds:
 class SceneSegmenter:
     """The instances of a scene, frame by frame, with a trained network in eval mode; it never sees labels.
 
-    merge: online (needs merge vectors: stage mv), geometric, concat; None: online, or geometric for stage sv. filters:
+    merge: online (needs merge vectors: stage mv); voted: the same, but the instances of an object may differ in label,
+    its own is the likeliest by their mean semantics; geometric, concat; None: online, or geometric for stage sv. filters:
     None: those released for streams, whatever the stage. voxel: m of the scene's memory, which is constant per place;
     None keeps every point of every frame. top: objects that `result` gives. dtype: of autocast.
 
@@ -208,12 +213,14 @@ class SceneSegmenter:
     ):  # fmt: skip
         stage = model.cfg.stage
         merge = merge or ("online" if stage == "mv" else "geometric")
-        if merge == "online" and stage == "sv":
-            raise ValueError("merge online: a network of stage sv has no merge vectors; expected geometric or concat")
+        if merge in ("online", "voted") and stage == "sv":
+            raise ValueError(f"merge {merge}: a network of stage sv has no merge vectors; expected geometric or concat")
         if model.training:
             raise ValueError("the network is in training mode: expected model.eval()")
         self.model, self.merge_mode, self.voxel, self.top, self.dtype = model, merge, voxel, top, dtype
-        self.filters = filters or Filters.of("mv", model.cfg.agnostic)
+        self.filters = filters or Filters.of("mv", model.cfg.agnostic or merge == "voted")
+        if merge == "voted" and not model.cfg.agnostic:
+            self.filters = replace(self.filters, agnostic=False, joint=True)
         self.new_scene()
 
     def new_scene(self) -> None:
@@ -263,6 +270,8 @@ class SceneSegmenter:
         found = self.merge.result()
         points, semantic, colour = self.cloud.read()
         objects, masks = found.objects, found.masks
+        if self.filters.joint:
+            objects = replace(objects, labels=objects.logits[:, self.model.cfg.n_stuff :].argmax(1))
         if not self.predicted and len(masks):
             boxes = mask_boxes(torch.from_numpy(masks), torch.from_numpy(points))
             objects = replace(objects, boxes=boxes.to(objects.boxes))

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -392,3 +393,13 @@ def test_misuse_is_named():
     for merge in (im.OnlineMerge("geometric"), im.OnlineMerge(memory=im.VoxelVotes())):
         with pytest.raises(ValueError, match="need them"):
             merge.push(f)
+
+
+def test_voted_merging_does_not_ask_for_the_label():
+    rng = np.random.default_rng(0)
+    one = frame(rng, 3, points=60, labels=[0, 0, 1], spread=1)
+    other = replace(one, labels=torch.tensor([1, 0, 1]))
+    published, voted = im.OnlineMerge("online"), im.OnlineMerge("voted")
+    assert [m.push(one).tolist() for m in (published, voted)] == [[0, 1, 2]] * 2
+    assert voted.push(other).tolist() == [0, 1, 2]
+    assert published.push(other).tolist() != [0, 1, 2]

@@ -88,6 +88,47 @@ def test_a_repeated_mask_goes_within_its_class_only():
     assert merged.labels.tolist() == [0]
 
 
+def test_jointly_a_query_is_one_instance_of_its_likeliest_class():
+    masks = torch.full((2, 10), 4.0)
+    masks[:, 5:] = -4
+    torn = torch.tensor([[0.5, 0.45, 0.05], [0.3, 0.4, 0.3]])
+    view, filters = view_of(torch.zeros(10).long()), Filters(4, 0.6, 1)
+    found = frame_instances(output(torn, masks), 0, view, replace(filters, joint=True))
+    assert found.labels.tolist() == [0] and found.scores[0] > 0.9  # of both classes together; one mask, one instance
+    assert not len(frame_instances(output(torn, masks), 0, view, filters).labels)
+
+
+class Wavering(torch.nn.Module):
+    """The oracle, but in every second frame objects have the next class, less surely."""
+
+    def __init__(self):
+        super().__init__()
+        self.oracle = Oracle("mv")
+        self.cfg = SimpleNamespace(stage="mv", agnostic=False, n_stuff=STUFF)
+        self.eval()
+
+    def step(self, views, state):
+        out, state = self.oracle.step(views, state)
+        if state.frame % 2 == 0:
+            out.stages[0].cls[0][:, :KINDS] = out.stages[0].cls[0][:, :KINDS].roll(1, 1)
+            out.sem[0][:, STUFF : STUFF + KINDS] = out.sem[0][:, STUFF : STUFF + KINDS].roll(1, 1) / 2
+        return out, state
+
+
+def test_voting_heals_objects_that_change_their_class():
+    voted, published = SceneSegmenter(Wavering(), "voted", FILTERS), SceneSegmenter(Wavering(), "online", FILTERS)
+    steady = SceneSegmenter(Oracle("mv"), "online", FILTERS)
+    for segmenter in (voted, published, steady):
+        pushed(segmenter)
+    right, own, twice = steady.result(), voted.result(), published.result()
+    assert len(own.masks) == len(right.masks) < len(twice.masks)
+    named = [
+        dict(zip(map(tuple, x.objects.boxes.round(decimals=2).tolist()), x.objects.labels.tolist(), strict=True))
+        for x in (right, own)
+    ]
+    assert named[0] == named[1]
+
+
 def test_predicted_boxes_follow_the_points_into_the_world():
     boxes, centres = [torch.tensor([[1.0, 0, 0, 2, 4, 6]])], torch.tensor([[10.0, 20, 30]])
     out = output(torch.tensor([[0.9, 0.1]]), torch.full((1, 10), 4.0), boxes=boxes, centres=centres)

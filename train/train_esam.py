@@ -4,7 +4,7 @@ python train/train_esam.py --data rooms --planes 16,32,48,64,64,48,32,32 --layer
     --voxel 0.04 --points 3000 --min-points 25 --elastic 0 --batch-size 4 --lr 2e-3 --warmup 30 --steps 750 \\
     --out runs/rooms_sv                                                       # rendered rooms, 7 CPU minutes
 python train/train_esam.py --stage mv --data rooms --init runs/rooms_sv/last --points 3000 --min-points 25 \\
-    --elastic 0 --batch-size 1 --freeze-bn --lr 1e-3 --backbone-lr 0.1 --warmup 10 --steps 200 --out runs/rooms_mv     # and clips
+    --elastic 0 --batch-size 1 --freeze-bn --lr 1e-3 --backbone-lr 0.1 --warmup 10 --steps 200 --out runs/rooms_mv
 torchrun --nproc_per_node=2 train/train_esam.py --route bif --clip weights/clip-vit-base-patch16 --dtype bf16 \\
     --data datasets/scannet200_sv/scannet200_sv_infos_train.json --raw datasets/scannet --workers 8 --out runs/bif_sv \\
     --val-data datasets/scannet200_sv/scannet200_sv_infos_val.json --init runs/3dtsa_sv/best
@@ -17,8 +17,8 @@ checkpoint has, from sv to mv and from route to route, and says what is new; it 
 they need not be repeated. A backbone of models/convert_mask3d.py will do as well. Presets fill what is not given of the
 optimizer, the batch and the epochs: esam is what was published, seed the plan's (its 6e-4 is untested in public; its O2
 is --dtype bf16). --epochs counts passes over the data, --steps optimizer steps; an epoch of rooms is --rooms rooms.
-Validation is on the index --val-data or on rooms of another seed; metrics.csv has two rows per evaluation: with classes,
-and agnostic (every thing is one class). Clips are merged online first, then compared with the labels of all their
+Validation is on the index --val-data or on rooms of another seed; metrics.csv has two rows each time: with classes, and
+agnostic (every thing is one class). Clips are merged online first, then compared with the labels of all their
 points; a prepared clip is a whole scene then. Batches of few scenes need --freeze-bn: running statistics do not fit.
 --swa averages weights and statistics as they are, without another pass over the data. --lr-sweep trains once with a
 rate that rises from step to step and says where the loss fell fastest.
