@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.clip_features import check_features
 from data.esam_views import N_STUFF, clip_labels, clip_views
 from data.rgbd_clips import PreparedClips, RoomClips
 from data.rgbd_frames import Augmentation
@@ -28,6 +29,14 @@ class ViewItems:
 
     def __len__(self) -> int:
         return self.length
+
+    def check_features(self, weights: str) -> None:
+        """UserError when the first precomputed features that are there are not of these weights (a fingerprint)."""
+        for k in range(self.length):
+            there = [path for path in self.clips.feature_files(k) if path.is_file()]
+            if there:
+                check_features(there[0], weights)
+                return
 
     def __getitem__(self, key: tuple[int, int] | int) -> tuple[list[View], list[ViewLabels]]:
         if (key[1] if isinstance(key, tuple) else key) >= self.length:

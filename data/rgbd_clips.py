@@ -121,16 +121,23 @@ class PreparedClips:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def feature_files(self, k: int) -> list[Path]:
+        """Files of precomputed CLIP features of all frames of row k, there or not."""
+        row = self.rows[k]
+        if self.views == "sv":
+            names = [row.get("clip_feat_path", feature_path(row["img_path"]))]
+        else:
+            names = row.get("clip_feat_paths", [feature_path(name) for name in row["img_paths"]])
+        return [self.raw / name for name in names]
+
     def __getitem__(self, key: tuple[int, int] | int) -> Clip:
         epoch, k = key if isinstance(key, tuple) else (0, key)
         row, rng = self.rows[k], np.random.default_rng([self.seed, epoch, k])
         if self.views == "sv":
-            names, images = [row["frame_path"]], [row["img_path"]]
-            features = [row.get("clip_feat_path", feature_path(images[0]))]
+            chosen, names, images = [0], [row["frame_path"]], [row["img_path"]]
         else:
             chosen = adjacent(len(row["frame_paths"]), self.clip_len, rng if self.train else None)
-            features = row.get("clip_feat_paths", [feature_path(name) for name in row["img_paths"]])
-            names, images, features = ([v[i] for i in chosen] for v in (row["frame_paths"], row["img_paths"], features))
+            names, images = ([row[key][i] for i in chosen] for key in ("frame_paths", "img_paths"))
         frames = [read_points(self.out / name) for name in names]
         if self.train:
             frames = [sample(f, self.points, rng) for f in frames]
@@ -142,6 +149,6 @@ class PreparedClips:
         clip = make_clip(row["scene"], frames, solid, self.augment, rng)
         if self.raw is not None:
             clip.images = [self.raw / name for name in images]
-            paths = [self.raw / name for name in features]
-            clip.features = [path if path.is_file() else None for path in paths]
+            every = self.feature_files(k)
+            clip.features = [every[i] if every[i].is_file() else None for i in chosen]
         return clip

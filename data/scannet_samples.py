@@ -3,7 +3,7 @@
     OUT/frames/<scene>/<frame>.npz       xyz, colour (N, 3) uint8, uv, instance, semantic, superpoint, pose,
                                          intrinsics, size
     OUT/scenes/<scene>.npz               clips only: xyz, colour, instance, semantic, segment, axis_align of the scan
-    OUT/labels/<scene>.txt               clips only: the benchmark's labels of its vertices, for eval/eval_scannet.py
+    OUT/labels/<split>/<scene>.txt       clips only: the benchmark's labels of its vertices, for eval/eval_scannet.py
     OUT/<tag>_infos_<split>.json         metainfo, data_list: a row per frame (sv) or per scene (mv, plural lists)
     OUT/preparation.json                 the settings; a later run into the same folder must have the same
 
@@ -184,7 +184,7 @@ def prepare_scene(scene: str, p: Preparation, split: str) -> tuple[list[dict], i
             write_points(paths[k], make_points(p, scene, split, frames[k], label))
             made += 1
         if p.views == "mv" and not scan.is_file():
-            write_labels(p.out / "labels" / f"{scene}.txt", benchmark_labels(room, p.classes))
+            write_labels(p.out / "labels" / split / f"{scene}.txt", benchmark_labels(room, p.classes))
             write_npz(scan, **{k: getattr(room, k) for k in SCENE_KEYS})
             made += 1
     rows = []

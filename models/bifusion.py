@@ -164,15 +164,17 @@ def sample(pixels: torch.Tensor, view: View, part: tuple[float, float], valid: t
     return F.grid_sample(pixels[None].float(), grid, padding_mode="border", align_corners=False)[0, :, 0].T
 
 
-def geometric_code(camera: torch.Tensor, pose: torch.Tensor, waves: torch.Tensor) -> torch.Tensor:
-    """Where a point lies: camera (N, 3) m, pose (4, 4) camera-to-world, waves (8,) rad / m -> (N, 64).
+def geometric_code(camera: torch.Tensor, pose: torch.Tensor, waves: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Where a point lies: camera (N, 3) m, pose (4, 4) camera-to-world, waves (8,) rad / m, valid (N,) bool -> (N, 64).
 
     Camera coordinates 3, their sines and cosines in octaves 48, viewing ray 3, the first two columns of the camera's
-    rotation 6, its place 3, height of the point in the world 1.
+    rotation 6, its place 3 and the point's height 1, both from the middle of the valid points: the world's origin does
+    not matter.
     """
     phase = (camera[:, :, None] * waves).flatten(1)  # (N, 24)
     ray = camera / camera.norm(dim=1, keepdim=True).clamp(min=1e-6)
-    turn, place = pose[:3, :3], pose[:3, 3]
+    turn = pose[:3, :3]
+    place = -(turn @ ((camera * valid[:, None]).sum(0) / valid.sum().clamp(min=1)))
     height = (camera * turn[2]).sum(1, keepdim=True) + place[2]
     constant = torch.cat([turn[:, :2].T.flatten(), place]).expand(len(camera), 9)
     return torch.cat([camera, phase.sin(), phase.cos(), ray, constant, height], 1)
@@ -223,7 +225,7 @@ class BiFusion(nn.Module):
         samples = torch.cat([sample(*rows) for rows in zip(maps, views, parts, seeing, strict=True)])  # (N, D)
         valid, points = torch.cat(seeing)[:, None], torch.cat(list(x))
         code = [
-            geometric_code(torch.where(ok[:, None], v.camera, 0), v.pose.nan_to_num(), self.waves)
+            geometric_code(torch.where(ok[:, None], v.camera, 0), v.pose.nan_to_num(), self.waves, ok)
             for v, ok in zip(views, seeing, strict=True)
         ]
         seen2d = torch.cat([F.relu(self.image_proj(samples)), F.relu(self.code_proj(torch.cat(code)))], 1)  # (N, 160)

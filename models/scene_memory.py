@@ -66,8 +66,9 @@ class SceneMemory(nn.Module):
     queue - 1 frames, this one included (published; -1: all); radius keeps voxels that lie at most that many voxels of
     stride 1 outside the frame's box along every axis (None: all).
 
-    The last kernel of every adapter starts at zero, so that a new memory changes nothing. The published one has zero in
-    all kernels, which leaves d1 and d3 at zero with zero gradient for good.
+    The last norm of every adapter starts with weight zero, so that a new memory changes nothing. The published one has
+    zero in all kernels, which leaves d1 and d3 at zero with zero gradient for good; and a norm in training mode makes
+    a kernel that has just left zero as loud as any, so that the memory is there at once, but not in eval mode.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class SceneMemory(nn.Module):
             self.conv_d3.append(_adapter(SparseConv(C, C, dilation=3), C) if used else nn.Identity())
             self.conv_convert.append(_adapter(SparseConv(3 * C, C, kernel_size=1), C) if used else nn.Identity())
             if used:
-                nn.init.zeros_(self.conv_convert[i][0].kernel)
+                nn.init.zeros_(self.conv_convert[i][1].bn.weight)
 
     def forward(
         self, levels: list[SparseTensor], state: MemoryState | None = None

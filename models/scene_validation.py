@@ -103,7 +103,7 @@ def evaluate(
     cfg, device = model.cfg, next(model.parameters()).device
     base = Filters.of(cfg.stage, cfg.agnostic)
     filters = filters or Filters(base.topk, base.score_threshold, least - 1, agnostic=cfg.agnostic)
-    scene = SceneSegmenter(model.eval(), merge, filters, voxel=None, dtype=dtype)
+    scene = SceneSegmenter(model.eval(), merge, filters, voxel=None, top=100, dtype=dtype)
     scores, n, frames, seconds = SceneScores(len(cfg.classes), cfg.n_stuff, least), 0, 0, 0.0
     for views, labels in items:
         views = [view.to(device) for view in views]

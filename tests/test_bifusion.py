@@ -188,9 +188,10 @@ def test_neither_picture_nor_features():
 def test_code():
     """Every number of one point, written out."""
     one, model = view(3), fusion()
-    code = geometric_code(one.camera, one.pose, model.waves)
+    code = geometric_code(one.camera, one.pose, model.waves, torch.tensor([True, False, True]))
     assert code.shape == (3, 64)
-    R, t = one.pose[:3, :3].double().numpy(), one.pose[:3, 3].double().numpy()
+    R = one.pose[:3, :3].double().numpy()
+    t = -R @ one.camera[[0, 2]].double().mean(0).numpy()  # from the middle of the valid points
     for i in range(3):
         p = one.camera[i].double().numpy()
         phase = [p[a] * 2 * np.pi * 2**k / 8 for a in range(3) for k in range(8)]

@@ -114,7 +114,7 @@ def test_clips(raw, clips):
         assert [Path(p).stem for p in row["img_paths"]] == ["0", "40", "80", "120"] and len(row["poses"]) == 4
         scan = read_scene(clips / row["scene_path"])
         assert np.allclose(row["axis_align_matrix"], scan.axis_align)
-        labels = read_integers(clips / "labels" / f"{row['scene']}.txt")
+        labels = read_integers(clips / "labels" / "train" / f"{row['scene']}.txt")
         assert len(labels) == len(scan.xyz) and (labels % 1000 == np.where(labels > 0, scan.instance, 0)).all()
         for name, pose in zip(row["frame_paths"], row["poses"], strict=True):
             points = read_points(clips / name)

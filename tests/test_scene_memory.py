@@ -356,3 +356,19 @@ def test_errors():
             SceneMemory(CHANNELS, **wrong)
     with pytest.raises(ValueError, match="no multiples"):
         SparseTensor(torch.zeros(len(levels[0].keys), 3), Coordinates(levels[0].keys, 4), 4)
+
+
+def test_after_a_step_the_memory_is_as_quiet_in_training_as_in_use():
+    """A zero kernel before a norm in training mode would be loud at once, and in training mode only."""
+    torch.manual_seed(0)
+    model = SceneMemory(CHANNELS).train()
+    levels = frame([torch.rand(300, 3) * 0.6])
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    out, _ = model(levels)
+    sum(o.features.sin().sum() for o in out).backward()
+    optimiser.step()
+    with torch.no_grad():
+        for training in (True, False):
+            out, _ = model.train(training)(levels)
+            for before, after in zip(levels, out, strict=True):
+                assert (after.features - before.features).abs().max() < 0.05

@@ -243,6 +243,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.sync_bn and not (r.ddp and r.device.type == "cuda"):
         raise UserError("--sync-bn: is for several GPUs; start with torchrun and --device cuda, or leave it out")
 
+    if args.workers:  # a clip is hundreds of tensors: more than a process may have open files
+        torch.multiprocessing.set_sharing_strategy("file_system")
+
     # ---- data, model
     train, val, classes, packed = open_data(args)
     per_epoch = max(1, len(train) // (args.batch_size * args.accum * r.world))
@@ -276,6 +279,9 @@ def main(argv: list[str] | None = None) -> None:
         opt.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         step, best = state["step"], state["best"]
+    if model.bi_encoder is not None and args.data != "rooms":
+        for items in [train] + [val] * (val is not None):
+            items.check_features(model.bi_encoder.image.fingerprint())
     out = run.open_folder(r, args, anew)
     if r.main:
         run.rewind_metrics(out, step)
@@ -358,8 +364,8 @@ def main(argv: list[str] | None = None) -> None:
             warning = guard.note(step + 1, losses["loss"].detach(), {"coords": [v.coords for c in clips for v in c]})
             if warning:
                 run.say(r, warning)
-            if args.lr_sweep:
-                swept.append((lr, losses["loss"].item()))
+        if args.lr_sweep:
+            swept.append((lr, mean(x.item() for x in total["loss"][-args.accum :])))
         scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
         scaler.step(opt)
