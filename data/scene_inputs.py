@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.rgbd_checks import check_geometry
 from data.rgbd_folder import RgbdFolder
 from data.rgbd_frames import Frame, FramePoints, frame_points, sample, stable_seed, superpoint_map
 from data.scannet import read_json, read_ply
@@ -18,6 +19,7 @@ from utils.run import UserError
 from utils.scene_geometry import point_normals, stands_upright, turn_to_z, up_direction
 
 REACH = 500.0  # m from the origin that a camera may be
+PAIRS = 4  # of neighbouring frames whose depth must agree
 
 
 @dataclass
@@ -78,7 +80,8 @@ def open_scene(
     """A folder of frames (data/rgbd_folder.py), every so many-th, the first `limit` (0: all). masks: folder of superpoints,
     DIR/<scene>/ or DIR/. up: auto turns a world in which cameras do not stand upright, z does not.
 
-    UserError as RgbdFolder has it, and for camera positions that are no metres.
+    UserError as RgbdFolder has it, for camera positions that are no metres, and where another depth scale or pose
+    direction explains the depth of neighbouring frames better.
     """
     name = root.resolve().name
     folder = RgbdFolder(root, layout, intrinsics, depth_scale, invalid, every)
@@ -89,6 +92,7 @@ def open_scene(
         raise UserError(
             f"{root}: cameras are up to {reach:.0f} m from the origin, expected below {REACH:.0f} m; give positions in m"
         )
+    check_geometry(folder, PAIRS)
     own = masks / name if masks is not None and (masks / name).is_dir() else masks
     scene = Scene(name, folder, frames, own, np.eye(3))
     if up == "auto" and not stands_upright(poses):
