@@ -19,6 +19,7 @@ TRAIN = "train/train.py --device cuda --batch-size 8 --size 112x112 --shift gsm 
 CAPTIONS = (
     "train/train_fsgr.py --device cuda --data runs/gpu/shapes --cache-gb 1 --batch-size 16 --workers 4 --epochs 2"
 )
+ROOMS = "train/train_esam.py --device cuda --data rooms --warmup 5 --steps 40 --val-every 40 --val-items 4"
 COMMANDS = [
     "smoke/smoke_mamba.py --device cuda",
     "smoke/smoke_mamba.py --device cuda --dtype bf16",
@@ -61,6 +62,10 @@ COMMANDS = [
     "smoke/bench_sparse.py --device cuda --dtype bf16",
     "smoke/smoke_esam.py --device cuda",
     "smoke/smoke_esam.py --device cuda --dtype bf16",
+    f"{ROOMS} --dtype bf16 --workers 4 --batch-size 16 --out runs/gpu/esam_sv",
+    f"{ROOMS} --dtype fp16 --stage mv --init runs/gpu/esam_sv/last --freeze-bn --batch-size 2 --out runs/gpu/esam_mv",
+    "-m torch.distributed.run --nproc_per_node=gpu "
+    + f"{ROOMS} --dtype bf16 --route bif --clip random --sync-bn --batch-size 8 --out runs/gpu/esam_ddp",
     "smoke/bench_scene_stream.py --device cuda --points 20000 --room-size 480x640 --published",
     "smoke/bench_scene_stream.py --device cuda --dtype bf16 --points 20000 --room-size 480x640 --published",
     "eval/infer_captions.py runs/gpu/shapes/val2017 --ckpt runs/gpu/rl/best --out runs/gpu/captions --device cuda",
