@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     raw, masks = Path(args.raw), None if args.superpoints == "graph" else Path(args.superpoints)
     if masks is not None and not masks.is_dir():
         raise UserError(f"--superpoints {masks}: no such folder; expected one of <scene>/<frame> masks, or graph")
+    if args.rooms and raw.exists():
+        raise UserError(f"{raw}: exists already; leave out --rooms to use it, or choose a new folder")
     if args.rooms:
         n, val = args.rooms, (args.rooms + 1) // 2
         names = [f"scene{k:04d}_00" for k in range(n + val)]

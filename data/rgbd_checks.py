@@ -32,6 +32,7 @@ WITHIN = 0.5  # px by which the projection of a point may miss its source pixel
 
 # ---- do depth and poses fit each other?
 
+UNKNOWN = 0.95  # share of unlabelled points above which labels do not belong to the frames
 CHANGES = {  # what is often wrong, and the depth and pose that would then be right
     "the poses are world-to-camera, invert them": lambda f, T: (f, np.linalg.inv(T)),
     "the poses have the camera's y up and z backwards (OpenGL), negate columns 2 and 3": lambda f, T: (
@@ -40,6 +41,8 @@ CHANGES = {  # what is often wrong, and the depth and pose that would then be ri
     ),
     "the depth scale is 5 times too low": lambda f, T: (f / 5, T),
     "the depth scale is 5 times too high": lambda f, T: (f * 5, T),
+    "the depth scale is 2 times too low": lambda f, T: (f / 2, T),
+    "the depth scale is 2 times too high": lambda f, T: (f * 2, T),
     "the poses' shifts are in millimetres, divide them by 1000": lambda f, T: (
         f,
         np.c_[T[:, :3], T[:, 3] / (1e3, 1e3, 1e3, 1)],
@@ -193,8 +196,9 @@ def check_index(args) -> np.ndarray | None:
           f"{things.count(0)} frames without objects; "
           f"reprojection {worst:.3f} px at most")  # fmt: skip
     print(oracle_line(frames, n))
-    if max(things) == 0:
-        raise UserError(f"{args.root}: no frame shows an object; labels or poses are of another scan")
+    if max(things) == 0 or seen[n] > UNKNOWN * len(known):
+        raise UserError(f"{args.root}: {seen[n] / len(known):.0%} of the points are unlabelled and {things.count(0)} of "
+                        f"{len(frames)} frames show no object; labels, poses or depth scale are of another scan")  # fmt: skip
     rows = [tuple(scatter(f, c) for c in (255 * f.colour, ids_colour(f.instance), ids_colour(f.superpoint)))
             for f in frames[: args.batch_size]]  # fmt: skip
     return sheet(rows, 3) if args.show else None

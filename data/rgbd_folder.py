@@ -134,6 +134,16 @@ def number_of(path: Path) -> tuple[int, str]:
     return (int(digits[-1]) if digits else -1, path.name)
 
 
+def check_colours(entries: list[Entry], poses: list[Path], ending: str, depths: Path | None = None) -> None:
+    """UserError for a pose whose frame has a depth, but no colour. depths: their folder, None: beside the poses."""
+    known = {e.name for e in entries}
+    for path in poses:
+        stem = path.name.removesuffix(ending)
+        names = (f"{stem}.png", f"{stem}.pgm") if depths else (f"{stem}.depth.png", f"{stem}.depth.pgm")
+        if known and stem not in known and first_file(depths or path.parent, names) is not None:
+            raise UserError(f"{path}: its frame has a depth and no colour; expected both, or none of the three files")
+
+
 def find_frames(root: Path) -> Found | None:
     """7scenes and 3rscan: frame-XXXXXX.color, .depth, .pose side by side."""
     colours = sorted(p for p in root.glob("*.color.*") if p.suffix.lower() in PICTURES)
@@ -146,6 +156,7 @@ def find_frames(root: Path) -> Found | None:
         if depth is None:
             raise UserError(f"{colour}: its frame has no depth; expected {root / stem}.depth.png or .pgm")
         entries.append(Entry(stem, colour, depth, read_pose(root / f"{stem}.pose.txt")))
+    check_colours(entries, sorted(root.glob("*.pose.txt")), ".pose.txt")
     info = first_file(root, ("_info.txt",))
     if info is None:
         K, source = intrinsics_nearby(root)
@@ -173,6 +184,7 @@ def find_folders(root: Path) -> Found | None:
         if depth is None:
             raise UserError(f"{colour}: its frame has no depth; expected {root / 'depth' / colour.stem}.png")
         entries.append(Entry(colour.stem, colour, depth, read_pose(folder["pose"] / f"{colour.stem}.txt")))
+    check_colours(entries, sorted(folder["pose"].glob("*.txt")), ".txt", root / "depth")
     K, source = intrinsics_nearby(root)
     own = first_file(root, ("intrinsic_color.txt", "intrinsic/intrinsic_color.txt"))
     if K is None and re.fullmatch(r"scene\d{4}_\d\d", root.name):

@@ -71,7 +71,7 @@ class Preparation:
 def claim(p: Preparation) -> None:
     """Write preparation.json, or UserError when the folder was prepared with other settings."""
     path = p.out / "preparation.json"
-    if path.exists():
+    if path.exists() and any((p.out / name).is_dir() for name in ("frames", "scenes")):
         was = json.loads(path.read_text(encoding="utf-8"))
         for key, value in p.settings().items():
             if was.get(key) != value:

@@ -113,7 +113,7 @@ def open_scenes(args) -> list[Scene]:
                 f"--{flag} {value}: is one file for {len(names)} scenes; put {{scene}} in place of the name"
             )
     if args.segments and not args.mesh:
-        raise UserError("--segments: divide a mesh, give that as --mesh")
+        raise UserError("--segments: are those of a mesh; give it, too, as --mesh")
     check_free(Path(args.out), [*FOLDERS, "summary.json"])
     K = None if args.intrinsics is None else decimals("--intrinsics", args.intrinsics, 4)
     masks, invalid = args.superpoints and Path(args.superpoints), decimals("--invalid", args.invalid)

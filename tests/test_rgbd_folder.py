@@ -190,6 +190,7 @@ def break_folder(folder: Path, what: str) -> dict:
     actions = {
         "nan pose": lambda: [p.write_text("nan " * 16) for p in (folder / "pose").glob("*.txt")],
         "missing depth": depth.unlink,
+        "missing colour": (folder / "color" / "1.jpg").unlink,
         "missing pose": pose.unlink,
         "short pose": lambda: pose.write_text("1 0 0 0"),
         "words": lambda: pose.write_text("one two"),
@@ -210,6 +211,7 @@ def break_folder(folder: Path, what: str) -> dict:
 
 BROKEN = {
     "nan pose": "none of its 3 poses is finite", "missing depth": "its frame has no depth; expected .*1.png",
+    "missing colour": "1.txt: its frame has a depth and no colour",
     "missing pose": "1.txt: is missing", "short pose": "holds 4 numbers", "words": "something other than numbers",
     "no rotation": "no rotation with a shift", "transposed": "transposed", "no intrinsics": "has no intrinsics",
     "other resolution": "of another resolution", "no valid depth": "1.png: no pixel has a valid depth",

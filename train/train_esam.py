@@ -292,6 +292,8 @@ def main(argv: list[str] | None = None) -> None:
     batches = run.StepBatches(len(train), args.batch_size, step, stop, args.seed, r.rank, r.world, args.accum)
     load = {"num_workers": args.workers, "worker_init_fn": run.ignore_sigterm}
     loader = iter(DataLoader(train, batch_sampler=batches, collate_fn=list, **load))
+    if val is None:
+        run.say(r, "# no --val-data: nothing is validated, and no checkpoint will be the best")
     learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.say(r, f"# route {args.route}, stage {args.stage}: {learn:,} of {sum(p.numel() for p in model.parameters()):,} "
                f"parameters learn; {len(train)} items, {per_epoch} steps an epoch, {args.steps} steps")  # fmt: skip
