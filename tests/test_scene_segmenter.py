@@ -325,8 +325,8 @@ def small(stage: str) -> ESAM:
 
 def test_the_networks_memory_goes_from_frame_to_frame():
     model = small("mv")
-    for p in model.memory.parameters():
-        if p.dim() > 1:
+    for name, p in model.memory.named_parameters():
+        if p.dim() > 1 or name.endswith("bn.weight"):
             torch.nn.init.normal_(p)  # as if it had learned
     model.eval()
     views = [points_view(c) for c in CLOUDS[:3]]
