@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from data.rgbd_checks import check_geometry
 from data.rgbd_folder import RgbdFolder
@@ -19,6 +20,7 @@ from utils.run import UserError
 from utils.scene_geometry import point_normals, stands_upright, turn_to_z, up_direction
 
 REACH = 500.0  # m from the origin that a camera may be
+NEAR, SHARE = 0.1, 0.5  # m between what was seen and the mesh's vertices, and how much must be so near
 PAIRS = 4  # of neighbouring frames whose depth must agree
 
 
@@ -116,3 +118,14 @@ def add_mesh(scene: Scene, mesh: str | None, segments: str | None) -> None:
             raise UserError(
                 f"{paths[1]}: has {len(scene.segments)} ids, the mesh {V} vertices; they are of other scans"
             )
+
+
+def check_mesh(scene: Scene, points: np.ndarray, mesh: str) -> None:
+    """UserError unless the scene's mesh lies where points (M, 3) of the frames do. mesh: as it was named."""
+    step = max(1, len(points) // 5000)
+    near = np.isfinite(cKDTree(scene.mesh[0]).query(points[::step], distance_upper_bound=NEAR)[0]).mean()
+    if near < SHARE:
+        raise UserError(
+            f"--mesh {mesh}: only {near:.0%} of what the frames of {scene.name} saw lies within {100 * NEAR:.0f} cm of it; "
+            "expected the mesh of this scene, in the world of its poses"
+        )

@@ -37,7 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repo root, so our packages import from anywhere
 from data.esam_views import points_view
 from data.rgbd_folder import LAYOUTS
-from data.scene_inputs import Scene, add_mesh, open_scene
+from data.scene_inputs import Scene, add_mesh, check_mesh, open_scene
 from data.scene_results import FOLDERS, PARTS, FoundScene, class_ids, time_table, write_scene
 from models.esam import ESAM, ESAMConfig
 from models.instance_merge import MODES
@@ -175,6 +175,8 @@ def main(argv: list[str] | None = None) -> None:
         for scene in scenes:
             run.say(r, scene.folder.summary())
             rows = segment_scene(args, segmenter, scene, r.device)
+            if scene.mesh:
+                check_mesh(scene, segmenter.cloud.read()[0], args.mesh)
             found = as_found(scene, segmenter.result(*((scene.mesh[0], scene.segments) if scene.mesh else ())), cfg)
             write_scene(staging, found, rows, args.turntable)
             print(time_table(scene.name, rows))

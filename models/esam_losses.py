@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from models.boxes3d import box_iou3d, corners
 from models.mask_losses import bce_loss, class_loss, dice_loss
 from models.matching import bce_cost, class_cost, dice_cost
 from models.superpoint_decoder import Stage
@@ -104,14 +105,6 @@ def match_objects(
 # ---- losses of one frame
 
 
-def box_iou_3d(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """IoU of pairs of axis-aligned boxes (..., 6), middle and size: (...)."""
-    low = torch.maximum(a[..., :3] - a[..., 3:] / 2, b[..., :3] - b[..., 3:] / 2)
-    high = torch.minimum(a[..., :3] + a[..., 3:] / 2, b[..., :3] + b[..., 3:] / 2)
-    both = (high - low).clamp(min=0).prod(-1)
-    return both / (a[..., 3:].prod(-1) + b[..., 3:].prod(-1) - both).clamp(min=1e-6)
-
-
 class ESAMCriterion:
     """Losses of one frame of B items. dice_scale "upstream": dice counts 4 times at the last stage and 4 / B times at
     the others, as the authors do; "unit": once at all stages. The rest is for `targets`, see frame_targets.
@@ -156,7 +149,7 @@ class ESAMCriterion:
             if stage.boxes is not None:
                 offset, size = stage.boxes[b][query].float().split(3, 1)
                 box = torch.cat([centres[b][query].float() + offset, size], 1)
-                found["box"].append(matched_mean(1 - box_iou_3d(box, t.boxes), matched))
+                found["box"].append(matched_mean(1 - box_iou3d(corners(box), corners(t.boxes)), matched))
         losses = {name: torch.stack(values).mean() for name, values in found.items()}
         if self.dice_scale == "upstream":
             losses["dice"] = losses["dice"] * (DICE if last else DICE / len(targets))

@@ -13,6 +13,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
 
+from models.boxes3d import box_iou3d, corners
+
 MODES = ("online", "voted", "geometric", "concat")
 NEAR, SHARE, GRAIN = 0.05, 0.1, 0.02  # geometric: metres between points, share of points, metres between kept points
 LIMIT, BITS = 2**16, 17  # voxel coordinates -LIMIT .. LIMIT - 1 in BITS bits each
@@ -103,16 +105,7 @@ def matrix_nms(
 
 def box_corners(centers: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     """centers (n, 3) of superpoints and predicted offset and size (n, 6) -> corners (n, 6)."""
-    middle, half = centers + boxes[:, :3], boxes[:, 3:] / 2
-    return torch.cat((middle - half, middle + half), 1)
-
-
-def box_iou3d(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """IoU of every pair of boxes (n, 6) and (m, 6), (n, m)."""
-    low, high = torch.maximum(a[:, None, :3], b[:, :3]), torch.minimum(a[:, None, 3:], b[:, 3:])
-    common = (high - low).clamp_min(0).prod(-1)
-    volume_a, volume_b = ((x[:, 3:] - x[:, :3]).prod(-1) for x in (a, b))
-    return common / (volume_a[:, None] + volume_b - common).clamp_min(1e-6)
+    return corners(torch.cat((centers + boxes[:, :3], boxes[:, 3:]), 1))
 
 
 # ---- cells of space
@@ -356,7 +349,9 @@ class OnlineMerge:
             return row
         if self.mode == "geometric":
             return self.nearest_shapes(frame, row)
-        similar = (self.objects.vectors @ frame.vectors.float().T) * box_iou3d(self.objects.boxes, frame.boxes.float())
+        similar = (self.objects.vectors @ frame.vectors.float().T) * box_iou3d(
+            self.objects.boxes[:, None], frame.boxes.float()
+        )
         agree = (self.objects.labels[:, None] == frame.labels) | (self.mode == "voted")
         similar = similar.clamp_min(0) * agree  # (O, n)
         i, j = (torch.as_tensor(x, device=row.device) for x in linear_sum_assignment(similar.cpu(), maximize=True))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models import esam_losses as el
+from models.boxes3d import box_iou3d, corners
 from models.superpoint_decoder import Stage
 from utils.posed_views import View, ViewLabels
 
@@ -142,7 +143,7 @@ def test_box_iou():
     a = torch.tensor([[0.0, 0, 0, 2, 2, 2]])
     for other, iou in (([0.0, 0, 0, 2, 2, 2], 1), ([5.0, 0, 0, 2, 2, 2], 0), ([1.0, 0, 0, 2, 2, 2], 1 / 3),
                        ([0.0, 0, 0, 1, 1, 1], 1 / 8), ([2.0, 0, 0, 2, 2, 2], 0)):  # fmt: skip
-        assert float(el.box_iou_3d(a, torch.tensor([other]))) == pytest.approx(iou)
+        assert float(box_iou3d(corners(a), corners(torch.tensor([other])))) == pytest.approx(iou)
 
 
 def test_right_answers_cost_nothing():

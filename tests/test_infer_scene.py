@@ -20,6 +20,7 @@ from models.bifusion import random_patch_weights
 from models.esam import ESAM, ESAMConfig
 from models.res16unet import Res16UNetConfig
 from utils import run
+from utils.ply_files import write_ply
 from utils.scannet_classes import SCANNET20, SCANNET200
 from utils.scannet_files import read_instances, read_semantic, write_labels
 
@@ -190,6 +191,10 @@ def test_a_mesh_is_labelled_and_scored(made, tmp_path, capsys):
     path = Path(f"{scan}.0.010000.segs.json".replace("{scene}", names[0]))
     path.write_text('{"segIndices": [1, 2]}')
     assert "vertices" in refused(capsys, argv)
+    xyz, colour, _ = read_ply(Path(f"{scan}.ply".replace("{scene}", names[0])))
+    write_ply(tmp_path / "elsewhere.ply", xyz + np.float32([9, 0, 0]), colour)
+    err = refused(capsys, [argv[0], *argv[2:-4], "--mesh", str(tmp_path / "elsewhere.ply")])
+    assert "only 0% of what the frames of scene0000_00 saw" in err and not (tmp_path / "none" / "summary.json").exists()
 
 
 def test_worlds_that_lie_on_their_side_are_turned(made, tmp_path):

@@ -80,7 +80,7 @@ def test_boxes():
     assert corners.tolist() == [[1, 1, 0, 2, 3, 4]]
     a = torch.tensor([[0.0, 0, 0, 2, 2, 2], [5, 5, 5, 6, 6, 6]])
     b = torch.tensor([[1.0, 0, 0, 3, 2, 2], [2, 2, 2, 3, 3, 3], [0, 0, 0, 0, 0, 0]])
-    torch.testing.assert_close(im.box_iou3d(a, b), torch.tensor([[4 / 12, 0, 0], [0, 0, 0]]))
+    torch.testing.assert_close(im.box_iou3d(a[:, None], b), torch.tensor([[4 / 12, 0, 0], [0, 0, 0]]))
 
 
 # ---- merging
@@ -93,7 +93,7 @@ class Plain:
         self.objects, self.points = [], 0
 
     def similarity(self, o: dict, f, k: int) -> float:
-        iou = im.box_iou3d(torch.as_tensor(o["boxes"])[None].float(), f.boxes[k : k + 1]).item()
+        iou = im.box_iou3d(torch.as_tensor(o["boxes"]).float(), f.boxes[k]).item()
         return max(0.0, float(o["vectors"] @ f.vectors[k].numpy())) * iou * (o["label"] == int(f.labels[k]))
 
     def push(self, f) -> list[int]:

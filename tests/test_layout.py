@@ -33,7 +33,7 @@ BELONGS = {  # folder -> the modules that live there
         sa2va_processor sa2va_video sa2va_losses sa2va_files sa2va_sizes sa2va_names sa2va_released sa2va_training
         sa2va_validation sa2va_lora sa2va_memory vessel_inference
         sam3_tiny sam3_memory sam3_losses ball_follow ball_tracking ball_candidates ball_offline
-        sparse_maps convert_mask3d superpoint_pooling superpoint_decoder esam_losses scene_segmenter scene_validation esam_training
+        sparse_maps convert_mask3d superpoint_pooling superpoint_decoder boxes3d esam_losses scene_segmenter scene_validation esam_training
         decoder_blocks segment_slots segment_stream segment_training video_inference""",
     "data": """video video_index peak_files peak_labels cutaways rally rally_play rally_pictures ball_labels rendered_ball coco_captions caption_vocab caption_files caption_checks coco_classes shape_captions segment_batch segment_checks peak_checks coco_panoptic
         coco_instances sa1b refcoco cityscapes davis ytvis vipseg moving_shapes task_mixture rgbd_folder scannet
