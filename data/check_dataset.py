@@ -77,8 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--stride", default="1,3", metavar="LOW,HIGH", help="frames from one of a clip to the next")
     g.add_argument("--year", type=int, default=2017, choices=[2016, 2017], help="davis: 2016 joins all objects to one")
     g = p.add_argument_group("rgbd")
-    g.add_argument("--intrinsics", type=float, nargs=4, default=None, metavar=("FX", "FY", "CX", "CY"),
-                   help="px of the depth pictures (default: from the folder)")  # fmt: skip
+    g.add_argument("--intrinsics", default=None, metavar="FX,FY,CX,CY", help="px of the depth (default: the folder's)")
     g.add_argument("--depth-scale", type=float, default=None, help="depth units to a metre (default: of the layout)")
     g = p.add_argument_group("vessels, manifest")
     g.add_argument("--layout", default="auto", choices=["auto", *LAYOUTS], help="whose layout ROOT has")

@@ -104,6 +104,17 @@ def check_geometry(frames: RgbdFolder, count: int = 8, margin: float = 0.15) -> 
     return share, len(pairs)
 
 
+def decimals(flag: str, value: str, n: int | None = None) -> tuple[float, ...]:
+    """'525,525,319.5,239.5' -> numbers, n of them. UserError names the flag."""
+    try:
+        found = tuple(float(x) for x in value.split(","))
+    except ValueError as e:
+        raise UserError(f"{flag} {value}: expected numbers joined by ','") from e
+    if n is not None and len(found) != n:
+        raise UserError(f"{flag} {value}: expected {n} numbers joined by ','")
+    return found
+
+
 # ---- what data/check_dataset.py prints
 
 
@@ -144,7 +155,8 @@ def oracle_line(frames: list[FramePoints], classes: int) -> str:
 
 
 def check_folder(args) -> np.ndarray | None:
-    frames = RgbdFolder(args.root, intrinsics=args.intrinsics, depth_scale=args.depth_scale)
+    K = None if args.intrinsics is None else decimals("--intrinsics", args.intrinsics, 4)
+    frames = RgbdFolder(args.root, intrinsics=K, depth_scale=args.depth_scale)
     print(frames.summary())
     looked = [frames[k] for k in spread(len(frames), args.limit)]
     share, pairs = check_geometry(frames)

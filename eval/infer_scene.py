@@ -36,6 +36,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repo root, so our packages import from anywhere
 from data.esam_views import points_view
+from data.rgbd_checks import decimals
 from data.rgbd_folder import LAYOUTS
 from data.scene_inputs import Scene, add_mesh, check_mesh, open_scene
 from data.scene_results import FOLDERS, PARTS, FoundScene, class_ids, time_table, write_scene
@@ -83,17 +84,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ---- inputs
-
-
-def decimals(flag: str, value: str, n: int | None = None) -> tuple[float, ...]:
-    """'525,525,319.5,239.5' -> numbers, n of them. UserError names the flag."""
-    try:
-        found = tuple(float(x) for x in value.split(","))
-    except ValueError as e:
-        raise UserError(f"{flag} {value}: expected numbers joined by ','") from e
-    if n is not None and len(found) != n:
-        raise UserError(f"{flag} {value}: expected {n} numbers joined by ','")
-    return found
 
 
 def open_scenes(args) -> list[Scene]:
